@@ -309,8 +309,9 @@ def run(arguments: argparse.Namespace) -> int:
             all_passed &= outcome.passed
     console.print(table)
     console.print(
-        f"In brackets: that time over ours. Max rel. error: against double backward in float64, one sample at a time, on "
-        f"{CHECKED_SAMPLES} samples; H must also equal its transpose bit for bit.\n"
+        f"In brackets: that time over ours. Max rel. error: against double backward in float64, "
+        f"one sample at a time,\non {CHECKED_SAMPLES} samples; H must also equal its transpose bit "
+        f"for bit.\n"
         f"*loop: autograd.functional.hessian one sample after the other, measured on "
         f"{LOOP_SAMPLES} samples a round and multiplied up to the batch."
     )
