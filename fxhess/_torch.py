@@ -1,0 +1,144 @@
+"""The only place that touches tracing internals of PyTorch, with a public fallback.
+
+``trace`` turns a Python function into a functional ATen graph in which the leading axes of the
+first tensor are symbolic and every other size is a number.  It uses ``make_fx`` over fake tensors
+(``torch._subclasses``, ``ShapeEnv``), seen to work in torch 2.11 to 2.13; if these cannot be
+imported, ``torch.export`` (public, about three times slower) gives the same kind of graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+
+try:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import (
+        DimDynamic,
+        ShapeEnv,
+        StatelessSymbolicContext,
+    )
+
+    HAVE_FAKE_TENSORS = True
+except ImportError:  # pragma: no cover - a future PyTorch that moved them
+    HAVE_FAKE_TENSORS = False
+
+
+@dataclass
+class Traced:
+    """A functional graph with placeholders x, then the tensors in the order given.
+
+    ``symbols``: the sympy symbol (or int, where tracing had to specialize) of each batch axis;
+    ``guards``: sympy conditions on these symbols under which the graph holds.
+    """
+
+    graph_module: fx.GraphModule
+    symbols: tuple[Any, ...]
+    guards: tuple[Any, ...]
+
+
+def trace(
+    function: Callable[..., Any],
+    x: torch.Tensor,
+    batch_ndim: int,
+    tensors: Sequence[torch.Tensor],
+    decompositions: Mapping[Any, Callable[..., Any]],
+) -> Traced:
+    """Trace ``function(x, *tensors)``; see the module's docstring."""
+    if HAVE_FAKE_TENSORS:
+        return _trace_fake(function, x, batch_ndim, tensors, decompositions)
+    return trace_by_export(function, x, batch_ndim, tensors, decompositions)
+
+
+def _trace_fake(
+    function: Callable[..., Any],
+    x: torch.Tensor,
+    batch_ndim: int,
+    tensors: Sequence[torch.Tensor],
+    decompositions: Mapping[Any, Callable[..., Any]],
+) -> Traced:
+    env = ShapeEnv(duck_shape=False, specialize_zero_one=True)
+    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+    sizes = [DimDynamic.DYNAMIC if i < batch_ndim else DimDynamic.STATIC for i in range(x.ndim)]
+    context = StatelessSymbolicContext(dynamic_sizes=sizes)
+    with mode:
+        fake_x = mode.from_tensor(x, symbolic_context=context)
+        # One fake for one tensor: tied weights stay tied.
+        fakes: dict[int, torch.Tensor] = {}
+        for t in tensors:
+            if id(t) not in fakes:
+                fakes[id(t)] = mode.from_tensor(t, static_shapes=True).detach()
+    # Leave fake tensors of tied weights distinct inputs: the caller passes distinct names.
+    with mode:
+        graph_module = make_fx(
+            torch.func.functionalize(function),
+            decomposition_table=dict(decompositions),
+            tracing_mode="real",
+            record_stack_traces=True,
+            _allow_non_fake_inputs=True,
+        )(fake_x, *(fakes[id(t)] for t in tensors))
+    symbols = tuple(_expression(fake_x.shape[i]) for i in range(batch_ndim))
+    replaced = tuple(env.replace(s) if isinstance(s, sympy.Basic) else s for s in symbols)
+    guards = tuple(g.expr for g in env.guards)
+    symbols = tuple(int(r) if r.is_number else s for s, r in zip(symbols, replaced, strict=True))
+    return Traced(graph_module, symbols, guards)
+
+
+def trace_by_export(
+    function: Callable[..., Any],
+    x: torch.Tensor,
+    batch_ndim: int,
+    tensors: Sequence[torch.Tensor],
+    decompositions: Mapping[Any, Callable[..., Any]],
+) -> Traced:
+    """The public fallback: the same graph through ``torch.export``."""
+
+    class Holder(torch.nn.Module):
+        def forward(self, x: torch.Tensor, tensors: list[torch.Tensor]) -> Any:
+            return function(x, *tensors)
+
+    dims = {i: torch.export.Dim.AUTO for i in range(batch_ndim)}
+    exported = torch.export.export(
+        Holder(), (x, list(tensors)), dynamic_shapes=(dims, [None] * len(tensors)), strict=False
+    ).run_decompositions(dict(decompositions))
+    graph_module = exported.graph_module
+    for node in graph_module.graph.nodes:
+        if node.op == "output":
+            node.args = (node.args[0][0],)
+    fake_x = next(iter(graph_module.graph.nodes)).meta["val"]
+    symbols = tuple(_expression(fake_x.shape[i]) for i in range(batch_ndim))
+    return Traced(graph_module, symbols, ())
+
+
+def _expression(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+
+
+def size_expression(size: Any) -> Any:
+    """A size as a sympy expression in the batch symbols."""
+    return _expression(size)
+
+
+def graph_length() -> int:
+    """How many nodes the graph being traced has by now (0 outside of a trace)."""
+    mode = get_proxy_mode()
+    return len(mode.tracer.graph.nodes) if mode is not None else 0
+
+
+@contextlib.contextmanager
+def plain_attention() -> Any:
+    """Inside, attention is traced in its mathematical form, which has second derivatives."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)

@@ -1,0 +1,305 @@
+"""Capture: from a module or function to a functional ATen graph whose inputs are x and the
+model's own live tensors.
+
+Parameters, buffers and tensors found in closures become inputs of the graph; a :class:`Source`
+says where each is read at every call, so weights that change, are replaced or swapped by
+``torch.func.functional_call`` act at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from fxhess import _torch
+from fxhess.emit import ORIGIN
+from fxhess.errors import CaptureError, FxhessError, Origin
+
+_TORCH = os.path.dirname(torch.__file__)
+_OWN = os.path.dirname(__file__)
+_capturing = threading.RLock()  # tracing switches process-wide settings of PyTorch
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an input of the graph is read: a dotted path of attributes below the model, or, for
+    tensors that have none (made inside ``forward``, held in a list), the tensor itself."""
+
+    path: tuple[str, ...] = ()
+    constant: torch.Tensor | None = None
+
+    def read(self, model: nn.Module) -> torch.Tensor:
+        if self.constant is not None:
+            return self.constant
+        value: Any = model
+        for name in self.path:
+            value = getattr(value, name)
+        return value  # type: ignore[no-any-return]
+
+
+@dataclass
+class Captured:
+    """A functional ATen graph: placeholders are x, then one for each source."""
+
+    graph_module: fx.GraphModule
+    sources: list[Source]
+    batch_ndim: int
+    symbols: tuple[Any, ...]
+    guards: tuple[Any, ...]
+    output: fx.Node = field(init=False)
+
+    def __post_init__(self) -> None:
+        (result,) = next(n for n in self.graph_module.graph.nodes if n.op == "output").args
+        if isinstance(result, (tuple, list)) and len(result) == 1:
+            result = result[0]
+        if not isinstance(result, fx.Node) or not isinstance(result.meta.get("val"), torch.Tensor):
+            kind = "several values" if isinstance(result, (tuple, list, dict)) else repr(result)
+            raise CaptureError(
+                f"the model returns {kind}, not one tensor that depends on x",
+                hint="wrap it: fxhess.transform(lambda x: model(x)[0])",
+            )
+        self.output = result
+
+
+class FunctionModule(nn.Module):
+    """A plain function as a module: the modules it closes over are submodules, the tensors it
+    closes over are read from it at every call."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+        for name, value in _free_variables(function):
+            if isinstance(value, nn.Module):
+                self.add_module(name.replace(".", "_"), value)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("free:"):  # a tensor that the function closes over
+            return dict(_free_variables(self.function))[name[5:]]
+        return super().__getattr__(name)
+
+
+def as_module(model: nn.Module | Callable[..., Any]) -> nn.Module:
+    """``model`` itself, or a module around a function."""
+    return model if isinstance(model, nn.Module) else FunctionModule(model)
+
+
+def _free_variables(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
+    """Names and values of what a function closes over: cells, globals, defaults, partial
+    arguments and the object a method is bound to."""
+    if isinstance(function, functools.partial):
+        yield from ((f"arg{i}", value) for i, value in enumerate(function.args))
+        yield from function.keywords.items()
+        yield from _free_variables(function.func)
+        return
+    if inspect.ismethod(function):
+        yield "self", function.__self__
+        function = function.__func__
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # an empty cell
+            continue
+    scope = function.__globals__
+    yield from ((name, scope[name]) for name in code.co_names if name in scope)
+    for i, value in enumerate(function.__defaults__ or ()):
+        yield f"default{i}", value
+
+
+class _HonourNoGrad(TorchFunctionMode):
+    """What the model computes under ``torch.no_grad`` is a constant of the derivative."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if torch.is_grad_enabled() or any(result is a for a in args):
+            return result
+        with torch._C.DisableTorchFunctionSubclass():
+            return tree_map_only(
+                torch.Tensor, lambda t: t.detach() if t.is_floating_point() else t, result
+            )
+
+
+def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int) -> Captured:
+    """Trace ``model(x)`` with its first ``batch_ndim`` axes symbolic.
+
+    Raises:
+        CaptureError: PyTorch cannot trace the model, the model branches on values of tensors, or
+            it does not return one tensor.
+    """
+    from fxhess.registry import decompositions
+
+    named = dict(model.named_parameters(remove_duplicate=False))
+    named.update(model.named_buffers(remove_duplicate=False))
+    names = list(named)
+    spans: list[tuple[int, int, str]] = []
+
+    def function(x: torch.Tensor, *tensors: torch.Tensor) -> Any:
+        with _HonourNoGrad(), _recorded_modules(model, spans):
+            if not names:
+                return model(x)
+            return torch.func.functional_call(
+                model, dict(zip(names, tensors, strict=True)), (x,), tie_weights=False
+            )
+
+    example = _example(x.detach(), batch_ndim)
+    with _capturing, _torch.plain_attention(), torch.enable_grad():
+        try:
+            tensors = [t.detach() for t in named.values()]
+            traced = _torch.trace(function, example, batch_ndim, tensors, decompositions())
+        except FxhessError:
+            raise
+        except Exception as error:
+            raise _capture_error(error) from error
+    graph = traced.graph_module.graph
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    sources = [Source(tuple(name.split("."))) for name in names]
+    assert len(placeholders) == 1 + len(sources)
+    _lift_constants(traced.graph_module, model, placeholders[-1], sources)
+    _record_origins(graph, spans)
+    return Captured(
+        traced.graph_module, sources, batch_ndim, traced.symbols, traced.guards
+    )
+
+
+def _example(x: torch.Tensor, batch_ndim: int) -> torch.Tensor:
+    """x with batch axes of size at least 2: sizes 0 and 1 cannot be traced symbolically."""
+    sizes = [max(2, s) if i < batch_ndim else s for i, s in enumerate(x.shape)]
+    return x if list(x.shape) == sizes else x.new_zeros(sizes)
+
+
+@contextmanager
+def _recorded_modules(model: nn.Module, spans: list[tuple[int, int, str]]) -> Iterator[None]:
+    """Record which part of the graph each submodule wrote: (first node, last node, path)."""
+    open_calls: list[int] = []
+    handles = []
+    for path, module in model.named_modules():
+        if not path or isinstance(module, (torch.jit.ScriptModule, nn.Identity)):
+            continue
+
+        def enter(*_: Any) -> None:
+            open_calls.append(_torch.graph_length())
+
+        def leave(*_: Any, path: str = path) -> None:
+            if open_calls:
+                spans.append((open_calls.pop(), _torch.graph_length(), path))
+
+        handles += [
+            module.register_forward_pre_hook(enter),
+            module.register_forward_hook(leave),
+        ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _record_origins(graph: fx.Graph, spans: list[tuple[int, int, str]]) -> None:
+    nodes = list(graph.nodes)
+    paths = [""] * len(nodes)
+    for first, last, path in sorted(spans, key=lambda s: s[0] - s[1]):  # widest span first
+        paths[first:last] = [path] * (last - first)
+    for node, path in zip(nodes, paths, strict=False):
+        line = _user_line(node.meta.get("stack_trace") or "")
+        node.meta[ORIGIN] = Origin(str(node.target), path, line)
+
+
+def _user_line(stack: str) -> str:
+    """The innermost frame outside of PyTorch and fxhess, as ``file:line: code``."""
+    best = ""
+    lines = stack.splitlines()
+    for i, text in enumerate(lines):
+        text = text.strip()
+        if text.startswith('File "'):
+            name, _, rest = text[6:].partition('", line ')
+            if not name.startswith((_TORCH, _OWN)):
+                code = lines[i + 1].strip() if i + 1 < len(lines) else ""
+                best = f"{name}:{rest.split(',')[0]}: {code}"
+    return best
+
+
+def _lift_constants(
+    graph_module: fx.GraphModule, model: nn.Module, last: fx.Node, sources: list[Source]
+) -> None:
+    """Turn every tensor that the trace holds as an attribute into an input of the graph."""
+    graph = graph_module.graph
+    lifted: dict[str, fx.Node] = {}
+    paths: dict[int, tuple[str, ...]] | None = None
+    for node in list(graph.nodes):
+        if node.op != "get_attr":
+            continue
+        name = str(node.target)
+        tensor = getattr(graph_module, name)
+        if not isinstance(tensor, torch.Tensor):
+            raise CaptureError(
+                "the model calls a higher-order operation, which fxhess cannot look into",
+                where=node.meta.get(ORIGIN),
+            )
+        if name not in lifted:
+            if paths is None:
+                paths = _tensor_paths(model)
+            path = paths.get(id(tensor))
+            with graph.inserting_after(last):
+                lifted[name] = last = graph.placeholder(name)
+            last.meta["val"] = node.meta.get("val", tensor)
+            sources.append(Source(path) if path else Source(constant=tensor.detach()))
+        node.replace_all_uses_with(lifted[name])
+        graph.erase_node(node)
+
+
+def _tensor_paths(model: nn.Module) -> dict[int, tuple[str, ...]]:
+    """Paths of tensors that are plain attributes of a module or closed over by a function."""
+    found: dict[int, tuple[str, ...]] = {}
+    for prefix, module in model.named_modules():
+        base = tuple(prefix.split(".")) if prefix else ()
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                found[id(value)] = (*base, name)
+        if isinstance(module, FunctionModule):
+            for name, value in _free_variables(module.function):
+                if isinstance(value, torch.Tensor):
+                    found[id(value)] = (*base, f"free:{name}")
+    return found
+
+
+def _capture_error(error: Exception) -> CaptureError:
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith((_TORCH, _OWN))]
+    where = f"{own[-1].filename}:{own[-1].lineno}: {own[-1].line}" if own else ""
+    name = type(error).__name__
+    if "DataDependent" in name or "data-dependent" in str(error).lower():
+        return CaptureError(
+            "the model branches on the value of a tensor (`if tensor`, `.item()`, a boolean mask),"
+            " so one program cannot serve every sample",
+            where=where,
+            hint="choose with torch.where, or move the decision out of the model",
+        )
+    return CaptureError(
+        f"PyTorch could not run the model on x while tracing it: {name}: {_first_lines(error)}",
+        where=where,
+        hint="check that model(x) itself runs on such an x",
+    )
+
+
+def _first_lines(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3])

@@ -1,0 +1,150 @@
+"""Writing graphs: an :class:`Emitter` appends nodes to a ``torch.fx.Graph`` and knows their shapes.
+
+Rules and passes write ordinary PyTorch on :class:`Var` objects (``1 - y * y``,
+``torch.cumsum(t, -1)``); each operation becomes one ``call_function`` node.  Shape and dtype of
+every node are found by running the operation on *meta* tensors with a nominal batch size, so no
+shape function is ever written by hand.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.proxy import TracerBase
+
+from fxhess.errors import InternalError, Origin
+
+VAL = "val"  # node.meta[VAL]: a meta tensor (or plain number) standing for the node's value
+ORIGIN = "origin"  # node.meta[ORIGIN]: fxhess.errors.Origin of the user's operation
+ROLE = "role"  # node.meta[ROLE]: 'value', 'adjoint', 'tangent', 'curvature' or 'result'
+
+
+class Var(fx.Proxy):
+    """A value in a graph under construction; every operator on it appends a node.
+
+    ``val`` is a meta tensor; its batch axes have the nominal batch size, so read batch sizes
+    from it only to tell 'all samples' from 'the same for every sample' (size 1).
+    """
+
+    @property
+    def val(self) -> torch.Tensor:
+        value: torch.Tensor = self.node.meta[VAL]
+        return value
+
+    @property
+    def ndim(self) -> int:
+        return self.val.ndim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.val.dtype
+
+    def size(self, dim: int) -> int:
+        """Static size of an *event* axis; meaningless on batch axes."""
+        return self.val.shape[dim]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self[i] for i in range(len(self.val))])
+
+    def __repr__(self) -> str:
+        return f"Var({self.node.name})"
+
+
+def to_meta(value: Any) -> Any:
+    """The stand-in for ``value`` in shape computations."""
+    if isinstance(value, torch.Tensor):
+        return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="meta")
+    return value
+
+
+class Emitter(TracerBase):
+    """Appends operations to ``graph`` and computes the stand-in value of each.
+
+    Errors of PyTorch while computing a stand-in are reported as :class:`InternalError` with the
+    origin that was current: the generated program would have failed in the same way.
+    """
+
+    def __init__(self, graph: fx.Graph | None = None) -> None:
+        super().__init__()
+        self.graph = graph if graph is not None else fx.Graph()
+        self._origin: Origin | None = None
+        self._role = "value"
+
+    @contextmanager
+    def at(self, origin: Origin | None = None, role: str | None = None) -> Iterator[None]:
+        """Label the nodes written inside with where they come from and what they are for."""
+        before = self._origin, self._role
+        self._origin = origin if origin is not None else self._origin
+        self._role = role if role is not None else self._role
+        try:
+            yield
+        finally:
+            self._origin, self._role = before
+
+    def placeholder(self, name: str, val: Any) -> Var:
+        node = self.graph.placeholder(name)
+        node.meta[VAL] = to_meta(val)
+        return Var(node, self)
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Var:
+        """Append ``target(*args, **kwargs)``; arguments may hold Vars, nested in lists."""
+        return self.create_proxy("call_function", target, args, kwargs)
+
+    def create_proxy(  # type: ignore[override]
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any | None = None,
+        proxy_factory_fn: Any = None,
+    ) -> Var:
+        node = self.graph.create_node(
+            kind, target, fx.node.map_aggregate(args, _node), fx.node.map_aggregate(kwargs, _node)
+        )
+        node.meta[VAL] = self._run(node)
+        node.meta[ORIGIN] = self._origin
+        node.meta[ROLE] = self._role
+        return Var(node, self)
+
+    def _run(self, node: fx.Node) -> Any:
+        args = fx.node.map_arg(node.args, _value)
+        kwargs = fx.node.map_arg(node.kwargs, _value)
+        if "device" in kwargs:  # a tensor made from nothing: its stand-in is a meta tensor too
+            kwargs = {**kwargs, "device": torch.device("meta")}
+            kwargs.pop("pin_memory", None)
+        try:
+            with torch.no_grad():
+                if node.op == "call_method":
+                    return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                assert callable(node.target)
+                return node.target(*args, **kwargs)
+        except Exception as error:
+            raise InternalError(
+                f"cannot write {node.target}: {error}\n  operands: {args}, {kwargs}",
+                where=self._origin,
+            ) from error
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        raise InternalError("a rule branched on the value of a tensor", where=self._origin)
+
+
+def _node(value: Any) -> Any:
+    return value.node if isinstance(value, Var) else value
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta[VAL]
+
+
+def getitem(var: Var, index: int) -> Var:
+    """One output of an operation with several."""
+    emitter = var.tracer
+    assert isinstance(emitter, Emitter)
+    return emitter.call(operator.getitem, var, index)

@@ -1,0 +1,90 @@
+"""Facts: what passes know about the nodes of a canonical graph, under one declared key.
+
+A *canonical* value has the shape ``[*batch, *event]``: all batch axes lead, each of its full size
+or of size 1 ("the same for every sample"); values that do not depend on x may leave the batch
+axes out.  A canonical graph is a per-sample program that runs over any leading axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import networkx as nx
+from torch import fx
+
+from fxhess.emit import VAL
+from fxhess.kinds import Kind
+
+FACT = "fact"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What differentiation needs to know of a node that depends on x.
+
+    ``kind``: how it differentiates; ``operands``: the tensor operands that ``kind`` speaks of;
+    ``axes``: for each operand, for each of its event axes, the event axis of the result that it
+    becomes, or None where positions along it are mixed; ``active``: whether a derivative with
+    respect to x flows through.
+    """
+
+    kind: Kind
+    operands: tuple[fx.Node, ...] = ()
+    axes: tuple[tuple[int | None, ...], ...] = ()
+    active: bool = False
+
+
+@dataclass
+class Canonical:
+    """A canonical graph: placeholders x and the sources, and one output node.
+
+    ``batch_ndim`` counts the batch axes; ``summed`` tells that the model returns the plain sum
+    over the batch of separate terms; ``vector`` that it returns ``[*batch, m]``.
+    """
+
+    graph: fx.Graph
+    x: fx.Node
+    output: fx.Node
+    batch_ndim: int
+    summed: bool
+    vector: bool
+
+    def event(self, node: fx.Node) -> tuple[int, ...]:
+        """Shape of one sample of the value."""
+        return tuple(node.meta[VAL].shape[self.batch_ndim :])
+
+    def nodes(self) -> Iterator[fx.Node]:
+        return iter(self.graph.nodes)
+
+
+def fact(node: fx.Node) -> Fact | None:
+    """The fact of a node that depends on x, otherwise None."""
+    return node.meta.get(FACT)
+
+
+def is_active(node: fx.Node) -> bool:
+    """Whether a derivative with respect to x flows through the node's value."""
+    known = fact(node)
+    return known is not None and known.active
+
+
+def set_active(node: fx.Node, active: bool) -> None:
+    known = fact(node)
+    assert known is not None
+    node.meta[FACT] = replace(known, active=active)
+
+
+def dataflow(nodes: Sequence[fx.Node]) -> nx.DiGraph[fx.Node]:
+    """The graph of active values: an edge from each active operand to the value made of it."""
+    graph: nx.DiGraph[fx.Node] = nx.DiGraph()
+    for node in nodes:
+        if not is_active(node):
+            continue
+        graph.add_node(node)
+        known = fact(node)
+        assert known is not None
+        for operand in known.operands:
+            if is_active(operand):
+                graph.add_edge(operand, node)
+    return graph

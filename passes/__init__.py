@@ -1,0 +1,1 @@
+"""Passes over graphs: one idea a file, one public function each."""

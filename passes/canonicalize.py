@@ -1,0 +1,243 @@
+"""Batch-dimension propagation: from captured ATen to a canonical per-sample program.
+
+*Needs* a captured functional graph.  *Gives* a graph of the same meaning in which every value
+that depends on x has the shape ``[*batch, *event]`` and carries a :class:`~fxhess.facts.Fact`::
+
+    view: [s, 3, 16] -> [3s, 16]                    x: [B, 3, 16]
+    mm:   [3s, 16] x [16, 8]               ==>      evaluate('b n k, k h -> b n h'): [B, 3, 8]
+    view: [3s, 8] -> [s, 3, 8]
+
+An operation through which samples see each other is refused here, by its axes signature; which
+operation it is never matters.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxhess import _torch, kinds
+from fxhess.capture import Captured
+from fxhess.emit import ORIGIN, VAL, Emitter, Var
+from fxhess.errors import CaptureError, FxhessError, UnsupportedOpError
+from fxhess.facts import FACT, Canonical, Fact
+from fxhess.passes import signatures
+from fxhess.passes.layout import Atom, Laid, Layouts
+from fxhess.passes.signatures import Bound, Raw
+from fxhess.registry import Rule, find
+
+HANDLERS = {
+    kinds.Pointwise: signatures.pointwise,
+    kinds.Along: signatures.mixed,
+    kinds.Trailing: signatures.mixed,
+    kinds.Einsum: signatures.einsum,
+    kinds.Reshape: signatures.reshape,
+}
+
+
+def canonicalize(captured: Captured, x: torch.Tensor) -> Canonical:
+    """Rewrite to canonical form; see the module's docstring.
+
+    ``x`` gives the nominal batch sizes (its sizes, at least 2), dtype and event shape.
+
+    Raises:
+        SampleMixingError: an operation lets samples see each other.
+        UnsupportedOpError: an operation on the path from x has no rule.
+        CaptureError: the model does not return a scalar or vector per sample.
+    """
+    emitter = Emitter()
+    layouts = Layouts(emitter, captured.symbols)
+    walk = _Walk(captured, emitter, layouts)
+    return walk.run(x)
+
+
+class _Walk:
+    """One walk over the captured nodes, in order."""
+
+    def __init__(self, captured: Captured, emitter: Emitter, layouts: Layouts) -> None:
+        self.captured = captured
+        self.emitter = emitter
+        self.layouts = layouts
+        self.values: dict[fx.Node, Any] = {}
+
+    def run(self, x: torch.Tensor) -> Canonical:
+        nodes = list(self.captured.graph_module.graph.nodes)
+        placeholders = [n for n in nodes if n.op == "placeholder"]
+        self._enter_x(placeholders[0], x)
+        for i, (node, source) in enumerate(
+            zip(placeholders[1:], self.captured.sources, strict=True)
+        ):
+            val = node.meta["val"]
+            stand_in = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device="meta")
+            name = "_".join(source.path) or f"constant_{i}"
+            var = self.emitter.placeholder(_identifier(name), stand_in)
+            self.values[node] = Raw(var, tuple(val.shape))
+        needed = _ancestors(self.captured.output)
+        for node in nodes:
+            if node in needed and node.op == "call_function":
+                self.values[node] = self._step(node)
+        return self._leave(self.values[self.captured.output])
+
+    def _enter_x(self, node: fx.Node, x: torch.Tensor) -> None:
+        nb = self.captured.batch_ndim
+        sizes = [max(2, s) if i < nb else s for i, s in enumerate(x.shape)]
+        var = self.emitter.placeholder("x", torch.empty(sizes, dtype=x.dtype, device="meta"))
+        self.layouts.x = var
+        event = [Atom(int(s)) for s in x.shape[nb:]]
+        batch = [Atom(0, i) for i in range(nb)]
+        var.node.meta[FACT] = Fact(kinds.Zero(), (), (), active=True)
+        self.values[node] = Laid(var, tuple((a,) for a in [*batch, *event]))
+
+    def _step(self, node: fx.Node) -> Any:
+        origin = node.meta.get(ORIGIN)
+        self.layouts.origin = origin
+        args = fx.node.map_arg(node.args, lambda n: self.values[n])
+        kwargs = fx.node.map_arg(node.kwargs, lambda n: self.values[n])
+        with self.emitter.at(origin):
+            if node.target is operator.getitem:
+                return args[0][args[1]]
+            if node.target is torch.ops.aten.sym_size.int and isinstance(args[0], Laid):
+                return self.layouts.size_of(args[0].groups[args[1]])
+            if not _holds_laid((args, kwargs)):
+                return self._copy(node, args, kwargs)
+            rule = find(node.target)
+            if rule is None:
+                raise UnsupportedOpError(
+                    f"no rule for {node.target}, through which the samples flow",
+                    where=origin,
+                    hint="register one: fxhess.register_rule(Rule(op, axes, kind)); see"
+                    " 'Adding a rule' in the README",
+                )
+            bound = Bound(rule, _arguments(rule, args, kwargs), node.meta["val"], self.layouts)
+            try:
+                return HANDLERS[type(rule.axes)](bound)
+            except FxhessError:
+                raise
+            except Exception as error:
+                raise UnsupportedOpError(
+                    f"the rule of {node.target} does not cover this call: {error}", where=origin
+                ) from error
+
+    def _copy(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """A value that does not depend on x is computed as the model computes it."""
+        plain = fx.node.map_aggregate((args, kwargs), lambda v: v.var if isinstance(v, Raw) else v)
+        var = self.emitter.call(node.target, *plain[0], **plain[1])  # type: ignore[arg-type]
+        val = node.meta.get("val")
+        if isinstance(val, torch.Tensor):
+            return Raw(var, _shape(val))
+        if isinstance(val, (tuple, list)):
+            return tuple(
+                Raw(var[i], _shape(v)) if isinstance(v, torch.Tensor) else None
+                for i, v in enumerate(val)
+            )
+        return var
+
+    def _leave(self, result: Any) -> Canonical:
+        """The model's output as ``[*batch]`` or ``[*batch, m]``."""
+        nb = self.captured.batch_ndim
+        shape = tuple(self.captured.output.meta["val"].shape)
+        if isinstance(result, Raw):
+            result = self._constant(result)
+        allowed = "[*batch], [*batch, 1] or [*batch, m], or a scalar summed over the batch"
+        wrong = CaptureError(
+            f"the model's output of shape {_pretty(shape)} is no scalar or vector per sample",
+            where=self.captured.output.meta.get(ORIGIN),
+            hint=f"return {allowed}; with event_ndim={len(self.layouts.x.val.shape) - nb}, "  # type: ignore[union-attr]
+            f"the first {nb} axes of x are batch axes",
+        )
+        if not result.var.dtype.is_floating_point:
+            raise CaptureError(
+                f"the model returns {result.var.dtype}, not a real floating-point tensor",
+                where=self.captured.output.meta.get(ORIGIN),
+            )
+        groups = result.groups
+        batched = [i for i in range(nb) if i not in result.summed]
+        head, rest = groups[: len(batched)], groups[len(batched) :]
+        if [tuple(a.batch for a in g) for g in head] != [(i,) for i in batched]:
+            raise wrong
+        if len(rest) > 1 or any(a.batch is not None for g in rest for a in g):
+            raise wrong
+        if result.summed and batched:
+            raise wrong
+        if rest:
+            result = self.layouts.merge(result, len(batched))
+        vector = bool(rest) and result.event[0].size != 1
+        if result.summed and vector:
+            raise wrong
+        node = result.var.node
+        if node.meta.get(FACT) is None:
+            node.meta[FACT] = Fact(kinds.Zero())
+        return Canonical(
+            self.emitter.graph, self.layouts.x.node, node, nb, bool(result.summed), vector  # type: ignore[union-attr]
+        )
+
+    def _constant(self, raw: Raw) -> Laid:
+        """An output that does not depend on x at all, given the axes it must have."""
+        nb = self.captured.batch_ndim
+        sizes = [_torch.size_expression(s) for s in raw.shape]
+        if len(sizes) == 0 and nb:
+            var = raw.var[(None,) * nb]
+            return Laid(var, (), frozenset(range(nb)))
+        groups = []
+        for i, size in enumerate(sizes):
+            if i < nb and size == self.captured.symbols[i]:
+                groups.append((Atom(0, i),))
+            else:
+                groups.append((Atom(int(size) if size.is_number else -1),))
+        return Laid(raw.var, tuple(groups))
+
+
+def _arguments(rule: Rule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments by name, with defaults filled in."""
+    schema = rule.op._schema.arguments
+    bound: dict[str, Any] = {}
+    for i, argument in enumerate(schema):
+        if i < len(args) and not argument.kwarg_only:
+            bound[argument.name] = args[i]
+        elif argument.name in kwargs:
+            bound[argument.name] = kwargs[argument.name]
+        else:
+            bound[argument.name] = (
+                argument.default_value if argument.has_default_value() else None
+            )
+    return bound
+
+
+def _holds_laid(value: Any) -> bool:
+    if isinstance(value, Laid):
+        return True
+    if isinstance(value, Mapping):
+        return any(_holds_laid(v) for v in value.values())
+    return isinstance(value, (list, tuple)) and any(_holds_laid(v) for v in value)
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    queue = [node]
+    while queue:
+        current = queue.pop()
+        if current not in found:
+            found.add(current)
+            queue += current.all_input_nodes
+    return found
+
+
+def _shape(val: torch.Tensor) -> tuple[Any, ...]:
+    expressions = [_torch.size_expression(s) for s in val.shape]
+    return tuple(int(e) if e.is_number else e for e in expressions)
+
+
+def _identifier(name: str) -> str:
+    clean = "".join(c if c.isascii() and (c.isalnum() or c == "_") else "_" for c in name)
+    return clean if clean and not clean[0].isdigit() else f"p_{clean}"
+
+
+def _pretty(shape: Sequence[Any]) -> str:
+    return "[" + ", ".join(str(s) for s in shape) + "]"
+
+
+__all__ = ["HANDLERS", "VAL", "Var", "canonicalize"]
