@@ -1,0 +1,113 @@
+"""The workloads: what is differentiated, at which size. A new one is a line in ``WORKLOADS``."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import models
+
+__all__ = ["WORKLOADS", "Workload"]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model and the shape of its batch ``x: [B, *event]``, entries standard normal."""
+
+    name: str
+    summary: str
+    model: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    outputs: int = 1  # m of a model that gives [B, m]
+    batches_only: bool = False  # the model cannot take one sample without a batch axis
+    quick: bool = False  # short enough to be part of --quick
+
+    @property
+    def event_ndim(self) -> int:
+        """How many trailing axes of x make one sample."""
+        return len(self.shape) - 1
+
+    @property
+    def event_size(self) -> int:
+        """d, the number of inputs of one sample."""
+        return torch.Size(self.shape[1:]).numel()
+
+    def make_model(self, device: str) -> nn.Module:
+        """The model with its own reproducible weights, float32, in evaluation mode."""
+        torch.manual_seed(0)
+        return self.model().to(device).eval()
+
+    def make_x(self, seed: int, device: str) -> Tensor:
+        """Fresh data, the same for the same seed."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(self.shape, generator=generator).to(device)
+
+
+WORKLOADS = [
+    Workload(
+        "headline",
+        "tanh net 200-200-200-1",
+        lambda: models.tanh_net(200, 200, 200, 1),
+        (500, 200),
+        quick=True,
+    ),
+    Workload("small", "tanh net 10-32-1", lambda: models.tanh_net(10, 32, 1), (32, 10), quick=True),
+    Workload(
+        "columns",
+        "tanh net 20-64-64-1 on columns",
+        lambda: nn.Sequential(nn.Flatten(-2), *models.tanh_net(20, 64, 64, 1)),
+        (320, 20, 1),
+        quick=True,
+    ),
+    Workload(
+        "quadratic",
+        "0.5*tensordot(x, x @ Q)",
+        lambda: models.Quadratic(16),
+        (64, 16),
+        batches_only=True,
+        quick=True,
+    ),
+    Workload(
+        "pinn",
+        "tanh net 3-64-64-64-64-1",
+        lambda: models.tanh_net(3, 64, 64, 64, 64, 1),
+        (10_000, 3),
+    ),
+    Workload(
+        "vector",
+        "tanh net 2-64-64-3, three outputs",
+        lambda: models.tanh_net(2, 64, 64, 3),
+        (2000, 2),
+        outputs=3,
+    ),
+    Workload(
+        "laplacian-mlp",
+        "tanh net 50-768-768-512-512-1",
+        lambda: models.tanh_net(50, 768, 768, 512, 512, 1),
+        (16, 50),
+    ),
+    Workload("wide", "tanh net 784-128-64-1", lambda: models.tanh_net(784, 128, 64, 1), (32, 784)),
+    Workload("deep-set", "deep set, 32 of 4, width 64", lambda: models.DeepSet(4, 64), (64, 32, 4)),
+    Workload(
+        "pairwise",
+        "pair energy of 10 particles, net 1-32-32-1",
+        lambda: models.PairwiseEnergy(10, 32),
+        (128, 10, 3),
+    ),
+    Workload("glm", "400 softplus terms, 100 dims", lambda: models.Glm(100, 400), (256, 100)),
+    Workload(
+        "attention",
+        "attention block, 8 tokens of 16",
+        lambda: models.AttentionBlock(16),
+        (16, 8, 16),
+    ),
+    Workload("cnn", "CNN of two convolutions, 28×28", models.small_cnn, (4, 1, 28, 28)),
+    Workload(
+        "single",
+        "tanh net 10-32-32-1, one sample",
+        lambda: models.tanh_net(10, 32, 32, 1),
+        (1, 10),
+        quick=True,
+    ),
+]
