@@ -269,7 +269,7 @@ class _Writer:
         return b.var.val.numel() > a.var.val.numel()
 
     def _symbolic(self, label: Label) -> bool:
-        return isinstance(label, tuple) and label[0] == "batch"
+        return isinstance(label, str)
 
     def _sizes(self, *operands: _Operand) -> dict[Label, int]:
         return {
@@ -288,11 +288,6 @@ class _Writer:
             else:
                 lengths.append(size[label])
         return tuple(lengths)
-
-
-def batch_label(index: int) -> tuple[str, int]:
-    """The label of a batch axis, whose size is symbolic."""
-    return ("batch", index)
 
 
 def evaluate(

@@ -7,8 +7,9 @@ axes out.  A canonical graph is a per-sample program that runs over any leading 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import networkx as nx
 from torch import fx
@@ -25,13 +26,19 @@ class Fact:
 
     ``kind``: how it differentiates; ``operands``: the tensor operands that ``kind`` speaks of;
     ``axes``: for each operand, for each of its event axes, the event axis of the result that it
-    becomes, or None where positions along it are mixed; ``active``: whether a derivative with
-    respect to x flows through.
+    becomes, or None where positions along it are mixed; ``operator``, ``args``, ``kwargs``: the operation's own,
+    canonical, as rule functions see them; ``mixed``: how many trailing axes a rule with
+    ``fold`` needs behind its one leading axis; ``active``: whether a derivative with respect to x
+    flows through.
     """
 
     kind: Kind
     operands: tuple[fx.Node, ...] = ()
     axes: tuple[tuple[int | None, ...], ...] = ()
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    mixed: int = 0
+    operator: Callable[..., Any] | None = None
     active: bool = False
 
 

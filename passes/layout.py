@@ -8,12 +8,13 @@ of the canonical ``[B, 3, 16]`` and costs nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import sympy
 import torch
+from torch import fx
 
 from fxhess import contraction
 from fxhess.emit import ORIGIN, Emitter, Var
@@ -103,9 +104,20 @@ class Layouts:
         kind: Kind,
         operands: Sequence[Var],
         axes: Sequence[tuple[int | None, ...]],
+        args: tuple[Any, ...] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        mixed: int = 0,
+        operator: Any = None,
     ) -> Var:
-        """Attach the fact that differentiation reads."""
-        var.node.meta[FACT] = Fact(kind, tuple(v.node for v in operands), tuple(axes))
+        """Attach the fact that differentiation reads; ``args`` are the node's own by default."""
+        nodes = fx.node.map_aggregate(
+            (var.node.args, var.node.kwargs) if args is None else (args, dict(kwargs or {})),
+            lambda v: v.node if isinstance(v, Var) else v,
+        )
+        var.node.meta[FACT] = Fact(
+            kind, tuple(v.node for v in operands), tuple(axes), *nodes, mixed,  # type: ignore[misc]
+            operator or var.node.target,
+        )
         var.node.meta[ORIGIN] = self.origin
         return var
 

@@ -8,7 +8,7 @@ operation that would let samples see each other is refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,16 +63,38 @@ class Bound:
             items[index] = value
             self.arguments[name] = items
 
-    def emit(self) -> Var:
-        """Write the operation with its (by now canonical) arguments."""
+    def canonical(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The (by now canonical) arguments, as the operator's schema orders them."""
         schema = self.rule.op._schema.arguments
-        args = [self.arguments[a.name] for a in schema if not a.kwarg_only]
+        args = tuple(self.arguments[a.name] for a in schema if not a.kwarg_only)
         kwargs = {
             a.name: self.arguments[a.name]
             for a in schema
             if a.kwarg_only and self.arguments[a.name] is not None
         }
+        return args, kwargs
+
+    def emit(self) -> Var:
+        """Write the operation."""
+        args, kwargs = self.canonical()
         return self.layouts.emitter.call(self.rule.op, *args, **kwargs)
+
+    def emit_folded(self, name: str, leading: int) -> tuple[Var, Callable[[Var], Var]]:
+        """Write an operation that takes one leading axis only, over ``leading`` of them; the
+        function returned restores them on each result."""
+        if leading == 1:
+            return self.emit(), lambda var: var
+        operand = self.arguments[name]
+        nb = self.layouts.nb
+        sizes = [self.layouts.batch_size(i) for i in range(nb)]
+        sizes += [int(s) for s in operand.val.shape[nb:leading]]
+        folded = torch.flatten(operand, 0, leading - 1) if leading else operand[None]
+        self.arguments[name] = folded
+        var = self.emit()
+        self.arguments[name] = operand
+        if leading == 0:
+            return var, lambda v: v[0]
+        return var, lambda v: torch.unflatten(v, 0, tuple(sizes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -431,8 +453,13 @@ def mixed(bound: Bound) -> Any:
             [places[d] for d in dims] if isinstance(given, (list, tuple)) or given is None
             else places[dims[0]]
         )
-    var = bound.emit()
-    return _mixed_results(bound, var, labelled, vars_, event, dims, unifier)
+    restore: Callable[[Var], Var] = lambda v: v  # noqa: E731
+    if isinstance(bound.rule.kind, Linear) and bound.rule.kind.fold:
+        leading = layouts.nb + len(event) - len(dims)
+        var, restore = bound.emit_folded(first_name, leading)
+    else:
+        var = bound.emit()
+    return _mixed_results(bound, var, labelled, vars_, event, dims, unifier, restore)
 
 
 def _mixed_dims(
@@ -456,6 +483,7 @@ def _mixed_results(
     event: Sequence[Any],
     dims: Sequence[int],
     unifier: _Unifier,
+    restore: Callable[[Var], Var],
 ) -> Any:
     """Facts and groups of the result, or of each result of an operation with several."""
     layouts, rule = bound.layouts, bound.rule
@@ -464,7 +492,10 @@ def _mixed_results(
     chosen = [v for (name, *_), v in zip(labelled, vars_, strict=True) if name in names]
     free = [a for a in event if not (isinstance(a[0], tuple) and a[0][0] == "mixed")]
 
+    args, kwargs = bound.canonical()
+
     def finish(var: Var, result: Any, kind: Any) -> Laid:
+        var = restore(var)
         if isinstance(bound.rule.axes, Trailing):
             kept = list(range(rank - len(dims)))
             tail = [Atom(int(s)) for s in result.shape[len(kept) :]]
@@ -482,7 +513,9 @@ def _mixed_results(
                 groups.append(unifier.groups[d])
                 out += unifier.event_names([d])
         own = tuple(out.index(a) if a in out else None for a in event)
-        layouts.annotate(var, kind, chosen, [own] * len(chosen))
+        layouts.annotate(
+            var, kind, chosen, [own] * len(chosen), args, kwargs, len(dims), bound.rule.op
+        )
         return Laid(var, tuple(groups))
 
     if not isinstance(bound.result, (tuple, list)):

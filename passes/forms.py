@@ -1,0 +1,457 @@
+"""First and second forms of one operation, by kind: the only place where kinds are told apart.
+
+For a node ``y = op(x_1 .. x_k)`` of a canonical graph:
+
+- ``push``: tangents of the operands -> tangent of y
+- ``pull``: adjoint of y -> adjoints of the operands
+- ``curvature``: adjoint of y -> the second form ``C = sum_o g_o d2 op_o / d x_i d x_j`` as
+  :class:`Curvature` terms: factors with labels for the axes of operands i and j
+
+Pointwise and multilinear operations do all three by contracting labelled factors, so structure
+and batch-free factors survive; linear and smooth ones by the functions of their rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxhess.contraction import Factor, contract
+from fxhess.emit import ORIGIN, Var
+from fxhess.errors import InternalError
+from fxhess.facts import Canonical, Fact, fact, is_active
+from fxhess.kinds import Call, Elementwise, Label, Linear, Multilinear, Smooth
+from fxhess.structure import Algebra, Structured
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """One term of an operation's second form, between operands i and j.
+
+    The form is the product of ``factors`` summed over all labels but those of ``left`` (the event
+    axes of operand i), ``right`` (of operand j), the batch and ``outputs`` (the axes of the vector
+    of outputs, none for scalar models).  ``weight`` is 1/2 on the diagonal i = j: the Hessian is
+    the sum of all terms plus its transpose.
+    """
+
+    i: fx.Node
+    j: fx.Node
+    factors: tuple[Factor, ...]
+    outputs: tuple[Label, ...]
+    left: tuple[Label, ...]
+    right: tuple[Label, ...]
+    weight: float
+
+
+@dataclass(frozen=True)
+class Moved:
+    """The second form of a smooth operation, as a map: ``apply(t)`` is ``C_ij t`` for a tangent t
+    of operand j, with the leading axes ``[outputs.., basis.., *batch, *event of i]``."""
+
+    i: fx.Node
+    j: fx.Node
+    apply: Callable[[Structured], Structured]
+    weight: float
+
+
+class Forms:
+    """Writes first and second forms of canonical nodes, given their values."""
+
+    def __init__(
+        self, canonical: Canonical, algebra: Algebra, values: Mapping[fx.Node, Any]
+    ) -> None:
+        self.canonical = canonical
+        self.algebra = algebra
+        self.emitter = algebra.emitter
+        self.values = values
+        self.nb = canonical.batch_ndim
+        self._partials: dict[tuple[fx.Node, tuple[int, ...]], Any] = {}
+
+    # --- what a rule sees ---------------------------------------------------------------------
+
+    def call(self, node: fx.Node) -> Call:
+        known = self.fact(node)
+        args = fx.node.map_arg(known.args, self.values.__getitem__)
+        kwargs = fx.node.map_arg(dict(known.kwargs), self.values.__getitem__)
+        operands = tuple(self.values[o] for o in known.operands)
+        return Call(args, kwargs, operands, self.values[node])  # type: ignore[arg-type]
+
+    def fact(self, node: fx.Node) -> Fact:
+        known = fact(node)
+        if known is None:
+            raise InternalError(f"no fact on {node}", where=node.meta.get(ORIGIN))
+        return known
+
+    def partial(self, node: fx.Node, order: tuple[int, ...]) -> Any:
+        """A first or second partial derivative of a pointwise operation: a Var or a number."""
+        key = (node, order)
+        if key not in self._partials:
+            known = self.fact(node)
+            assert isinstance(known.kind, Elementwise)
+            rule = (
+                known.kind.first[order[0]]
+                if len(order) == 1
+                else known.kind.second.get((order[0], order[1]), 0)
+            )
+            if callable(rule):
+                call = self.call(node)
+                rule = rule(call.y, *call.args, **call.kwargs)
+            self._partials[key] = rule
+        return self._partials[key]
+
+    # --- labelled operations ------------------------------------------------------------------
+
+    def batch(self) -> list[Label]:
+        return [f"b{i}" for i in range(self.nb)]
+
+    def _labelled(self, node: fx.Node) -> tuple[list[list[Label]], list[Label], dict[Label, int]]:
+        """Labels of the event axes of each operand and of the result, and their sizes."""
+        known = self.fact(node)
+        sizes: dict[Label, int] = {}
+        inputs: list[list[Label]] = []
+        event = self.canonical.event(node)
+        if isinstance(known.kind, Multilinear):
+            output = list(known.kind.output[self.nb :])
+            for operand, labels in zip(known.operands, known.kind.inputs, strict=True):
+                batched = fact(operand) is not None
+                inputs.append(list(labels[self.nb :] if batched else labels))
+        else:
+            output = [("e", i) for i in range(len(event))]
+            for operand in known.operands:
+                shape = tuple(operand.meta["val"].shape)
+                if fact(operand) is not None:
+                    shape = shape[self.nb :]
+                tail = output[len(output) - min(len(shape), len(output)) :]
+                own: list[Label] = [("lead", i) for i in range(len(shape) - len(tail))]
+                for i, (label, size) in enumerate(
+                    zip(tail, shape[len(own) :], strict=True)
+                ):
+                    wide = event[len(output) - len(tail) + i] != size
+                    own.append(("one", i) if wide else label)
+                inputs.append(own)
+        for operand, labels in zip(known.operands, inputs, strict=True):
+            shape = tuple(operand.meta["val"].shape)
+            for label, size in zip(labels, shape[len(shape) - len(labels) :], strict=True):
+                if not isinstance(label, str):
+                    sizes[label] = max(sizes.get(label, 1), int(size))
+        sizes.update(zip(output, event, strict=True))
+        return inputs, output, sizes
+
+    def _jacobian(self, node: fx.Node, i: int) -> list[Factor]:
+        """Factors of d y / d x_i besides the identity on shared labels."""
+        known = self.fact(node)
+        if isinstance(known.kind, Multilinear):
+            return self._others(node, {i})
+        return [self._pointwise(node, (i,))]
+
+    def _others(self, node: fx.Node, without: set[int]) -> list[Factor]:
+        """The operands of a product, but some, and its scale."""
+        known = self.fact(node)
+        assert isinstance(known.kind, Multilinear)
+        factors: list[Factor] = [
+            (self.values[operand], known.kind.inputs[k])
+            for k, operand in enumerate(known.operands)
+            if k not in without
+        ]
+        scale = known.args[3]
+        scale = self.values[scale] if isinstance(scale, fx.Node) else scale
+        return [*factors, (scale, ())]
+
+    def _pointwise(self, node: fx.Node, order: tuple[int, ...]) -> Factor:
+        value = self.partial(node, order)
+        if not isinstance(value, Var):
+            return (float(value), ())
+        labels = [*self.batch(), *(("e", k) for k in range(len(self.canonical.event(node))))]
+        return (value, tuple(labels[len(labels) - value.ndim :]))
+
+    # --- push -----------------------------------------------------------------------------------
+
+    def push(
+        self, node: fx.Node, tangents: Sequence[Structured | None]
+    ) -> Structured:
+        """The tangent of the node, given those of its operands (None: zero)."""
+        kind = self.fact(node).kind
+        if isinstance(kind, (Elementwise, Multilinear)):
+            return self._push_labelled(node, tangents)
+        return self._push_function(node, tangents)
+
+    def _push_labelled(
+        self, node: fx.Node, tangents: Sequence[Structured | None]
+    ) -> Structured:
+        inputs, output, sizes = self._labelled(node)
+        event = self.canonical.event(node)
+        terms = []
+        for i, t in enumerate(tangents):
+            if t is None or self._is_zero(node, i):
+                continue
+            t = self._distinct(t, inputs[i])
+            factors = self._jacobian(node, i)
+            terms.append(
+                self._transport(t, factors, inputs[i], output, sizes, event)
+            )
+        return self.algebra.add(terms)
+
+    def _is_zero(self, node: fx.Node, i: int) -> bool:
+        kind = self.fact(node).kind
+        return isinstance(kind, Elementwise) and isinstance(kind.first[i], (int, float)) and (
+            kind.first[i] == 0
+        )
+
+    def _distinct(self, s: Structured, labels: Sequence[Label]) -> Structured:
+        """Untie axes that an equation reads along a diagonal."""
+        repeated = [e for e, a in enumerate(labels) if list(labels).count(a) > 1]
+        return self.algebra.untie(s, repeated) if repeated else s
+
+    def _transport(
+        self,
+        s: Structured,
+        factors: Sequence[Factor],
+        source: Sequence[Label],
+        target: Sequence[Label],
+        sizes: Mapping[Label, int],
+        event: tuple[int, ...],
+    ) -> Structured:
+        """Contract a derivative with factors, from the axes ``source`` to the axes ``target``."""
+        free_labels: list[Label] = [("t", k) for k in range(len(s.basis))]
+        basis = s.basis_labels(free_labels, source)
+        ties = tuple(
+            s.ties[list(source).index(a)] if a in source else None for a in target
+        )
+        out_free = [basis[k] for k in range(len(basis)) if k not in ties]
+        core: Factor = (s.core, s.labels(free_labels, self.batch(), source))
+        universe = {a: n for a, n in sizes.items() if a in source and a not in target}
+        out = contract(
+            self.emitter,
+            [core, *factors],
+            [*out_free, *self.batch(), *target],
+            universe,
+            self._batch_size,
+        )
+        return Structured(out, ties, s.basis, event)
+
+    def _batch_size(self, label: Label) -> Var:
+        assert isinstance(label, str)
+        return self.algebra.batch_size(int(label[1:]))
+
+    def _push_function(
+        self, node: fx.Node, tangents: Sequence[Structured | None]
+    ) -> Structured:
+        known = self.fact(node)
+        kind = known.kind
+        assert isinstance(kind, (Linear, Smooth))
+        event = self.canonical.event(node)
+        given = [t for t in tangents if t is not None]
+        filled = [
+            t if t is not None else self._zero_like(given[0], operand)
+            for t, operand in zip(tangents, known.operands, strict=True)
+        ]
+        ready = self._unmixed(filled, known.axes)
+        call = self.call(node)
+        cores = [self.algebra.tensor(t) for t in ready]
+        lead = len(ready[0].free) + self.nb
+        if kind.push is None:
+            def apply(*tensors: Var) -> Var:
+                return self._again(node, tensors)
+        else:
+            push = kind.push
+
+            def apply(*tensors: Var) -> Var:
+                return push(call, *tensors)  # type: ignore[no-any-return]
+
+        if isinstance(kind, Linear) and kind.fold:
+            core = self._folded(apply, cores, len(ready[0].free), known.mixed)
+        else:
+            core = apply(*cores)
+        ties: list[int | None] = [None] * len(event)
+        for e, out in enumerate(known.axes[0]):
+            if out is not None:
+                ties[out] = ready[0].ties[e]
+        self._check_rank(node, core, lead + len(event))
+        return Structured(core, tuple(ties), ready[0].basis, event)
+
+    def _zero_like(self, t: Structured, operand: fx.Node) -> Structured:
+        event = (
+            self.canonical.event(operand)
+            if fact(operand) is not None
+            else tuple(operand.meta["val"].shape)
+        )
+        return Structured(0.0, t.ties if len(t.ties) == len(event) else (), t.basis, event)
+
+    def _unmixed(
+        self, items: Sequence[Structured], axes: Sequence[Sequence[int | None]]
+    ) -> list[Structured]:
+        """Untie and widen the axes that the operation mixes; one set of ties for all."""
+        own = [[e for e, out in enumerate(a) if out is None] for a in axes]
+        ready = [
+            self.algebra.untie(t, mixed) for t, mixed in zip(items, own, strict=True)
+        ]
+        ready = self.algebra.unify(ready) if len(ready) > 1 else ready
+        ready = [self.algebra.widen(t, mixed) for t, mixed in zip(ready, own, strict=True)]
+        return self.algebra.spread(ready, own) if len(ready) > 1 else ready
+
+    def _again(self, node: fx.Node, tensors: Sequence[Var]) -> Var:
+        """The operation itself applied to tangents."""
+        known = self.fact(node)
+        replaced = dict(zip(known.operands, tensors, strict=True))
+        lookup = lambda n: replaced.get(n, self.values[n])  # noqa: E731
+        args = fx.node.map_arg(known.args, lookup)
+        kwargs = fx.node.map_arg(dict(known.kwargs), lookup)
+        return self.emitter.call(known.operator, *args, **kwargs)  # type: ignore[arg-type, misc]
+
+    def _folded(
+        self, apply: Callable[..., Var], cores: Sequence[Var], free: int, mixed: int
+    ) -> Var:
+        """Run a function that takes one leading axis, with all leading axes folded into it."""
+        shape = cores[0].val.shape
+        leading = len(shape) - mixed
+        if leading == 1:
+            return apply(*cores)
+        if leading == 0:
+            return apply(*(c[None] for c in cores))[0]  # type: ignore[return-value]
+        sizes = [
+            self.algebra.batch_size(k - free) if free <= k < free + self.nb and n != 1 else int(n)
+            for k, n in enumerate(shape[:leading])
+        ]
+        out = apply(*(torch.flatten(c, 0, leading - 1) for c in cores))
+        return torch.unflatten(out, 0, tuple(sizes))  # type: ignore[return-value]
+
+    def _check_rank(self, node: fx.Node, core: Var, rank: int) -> None:
+        if core.ndim != rank:
+            raise InternalError(
+                f"the rule of {node.target} gave {core.ndim} axes where {rank} were expected",
+                where=node.meta.get(ORIGIN),
+            )
+
+    # --- pull -----------------------------------------------------------------------------------
+
+    def pull(self, node: fx.Node, g: Structured) -> list[tuple[fx.Node, Structured]]:
+        """Adjoints of the active operands, given that of the node."""
+        known = self.fact(node)
+        if isinstance(known.kind, (Elementwise, Multilinear)):
+            inputs, output, sizes = self._labelled(node)
+            results = []
+            for i, operand in enumerate(known.operands):
+                if not is_active(operand) or self._is_zero(node, i):
+                    continue
+                factors = self._jacobian(node, i)
+                event = self.canonical.event(operand)
+                target = inputs[i]
+                if len(set(target)) != len(target):
+                    raise InternalError("a repeated label", where=node.meta.get(ORIGIN))
+                g_i = self._transport(g, factors, output, target, sizes, event)
+                results.append((operand, g_i))
+            return results
+        return self._pull_function(node, g)
+
+    def _pull_function(self, node: fx.Node, g: Structured) -> list[tuple[fx.Node, Structured]]:
+        known = self.fact(node)
+        kind = known.kind
+        assert isinstance(kind, (Linear, Smooth))
+        passed = [out for out in known.axes[0] if out is not None]
+        rank = len(self.canonical.event(node))
+        mixed = [e for e in range(rank) if e not in passed]
+        g = self.algebra.widen(self.algebra.untie(g, mixed), mixed)
+        call = self.call(node)
+        core = self.algebra.tensor(g)
+
+        def apply(core: Var) -> Any:
+            return kind.pull(core, call)
+
+        if isinstance(kind, Linear) and kind.fold:
+            results: Any = self._folded(apply, [core], len(g.free), len(mixed))
+        else:
+            results = apply(core)
+        parts = results if isinstance(results, (tuple, list)) else [results]
+        found = []
+        for operand, axes, part in zip(known.operands, known.axes, parts, strict=True):
+            if not is_active(operand):
+                continue
+            ties = tuple(None if out is None else g.ties[out] for out in axes)
+            event = self.canonical.event(operand)
+            self._check_rank(node, part, len(g.free) + self.nb + len(event))
+            found.append((operand, Structured(part, ties, g.basis, event)))
+        return found
+
+    # --- curvature ------------------------------------------------------------------------------
+
+    def curvature(self, node: fx.Node, g: Structured) -> list[Curvature | Moved]:
+        """The terms of the node's second form for the adjoint g."""
+        known = self.fact(node)
+        kind = known.kind
+        if isinstance(kind, Smooth):
+            return self._curvature_smooth(node, g)
+        if not isinstance(kind, (Elementwise, Multilinear)):
+            return []
+        inputs, output, _ = self._labelled(node)
+        free: list[Label] = [("m", k) for k in range(len(g.basis))]
+        adjoint: Factor = (g.core, g.labels(free, self.batch(), output))
+        outputs = tuple(g.basis_labels(free, output))
+        terms: list[Curvature | Moved] = []
+        pairs = (
+            sorted(kind.second)
+            if isinstance(kind, Elementwise)
+            else [(i, j) for j in range(len(inputs)) for i in range(j)]
+        )
+        for i, j in pairs:
+            a, b = known.operands[i], known.operands[j]
+            if not (is_active(a) and is_active(b)):
+                continue
+            if isinstance(kind, Elementwise):
+                if not isinstance(self.partial(node, (i, j)), Var) and (
+                    self.partial(node, (i, j)) == 0
+                ):
+                    continue
+                factors = [self._pointwise(node, (i, j))]
+            else:
+                factors = self._others(node, {i, j})
+            terms.append(
+                Curvature(
+                    a, b, (adjoint, *factors), outputs,
+                    tuple(inputs[i]), tuple(inputs[j]), 0.5 if i == j else 1.0,
+                )
+            )
+        return terms
+
+    def _curvature_smooth(self, node: fx.Node, g: Structured) -> list[Curvature | Moved]:
+        known = self.fact(node)
+        kind = known.kind
+        assert isinstance(kind, Smooth)
+        passed = [out for out in known.axes[0] if out is not None]
+        mixed = [e for e in range(len(self.canonical.event(node))) if e not in passed]
+        g = self.algebra.widen(self.algebra.untie(g, range(len(g.ties))), mixed)
+        call = self.call(node)
+        terms: list[Curvature | Moved] = []
+        for j in range(len(known.operands)):
+            for i in range(j + 1):
+                a, b = known.operands[i], known.operands[j]
+                if is_active(a) and is_active(b):
+                    apply = self._moving(node, g, call, i, j)
+                    terms.append(Moved(a, b, apply, 0.5 if i == j else 1.0))
+        return terms
+
+    def _moving(
+        self, node: fx.Node, g: Structured, call: Call, i: int, j: int
+    ) -> Callable[[Structured], Structured]:
+        known = self.fact(node)
+        kind = known.kind
+        assert isinstance(kind, Smooth)
+        curve = kind.curve
+        own = [e for e, out in enumerate(known.axes[j]) if out is None]
+
+        def apply(t: Structured) -> Structured:
+            t = self.algebra.widen(self.algebra.untie(t, range(len(t.ties))), own)
+            adjoint, tangent = self.algebra.tensor(g), self.algebra.tensor(t)
+            m, n = len(g.free), len(t.free)
+            if m and n:
+                adjoint = adjoint[(slice(None),) * m + (None,) * n]  # type: ignore[assignment]
+            core = curve(call, adjoint, i, j, tangent)
+            event = self.canonical.event(known.operands[i])
+            self._check_rank(node, core, m + n + self.nb + len(event))
+            return Structured(core, (None,) * len(event), (*g.basis, *t.basis), event)
+
+        return apply
+
