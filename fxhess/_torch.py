@@ -9,7 +9,7 @@ imported, ``torch.export`` (public, about three times slower) gives the same kin
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,42 @@ def _trace_fake(
     return Traced(graph_module, symbols, guards)
 
 
+def writes_in_place(graph: fx.Graph) -> bool:
+    """Whether the graph holds in-place operations: the operators that PyTorch itself composes of
+    others (recurrent layers, circular padding) are traced below functionalization."""
+    return any(
+        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+        for node in graph.nodes
+    )
+
+
+def functional(
+    graph_module: fx.GraphModule,
+    decompositions: Mapping[Any, Callable[..., Any]],
+    keep: Sequence[str],
+) -> fx.GraphModule:
+    """The same program without in-place operations, traced from ``graph_module``.  Each new node
+    keeps the ``meta`` entries named in ``keep`` of the node that it comes from."""
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            before = newest_node()
+            result = super().run_node(n)
+            for node in nodes_since(before):
+                node.meta.update({key: n.meta[key] for key in keep if key in n.meta})
+            return result
+
+    inputs = [n.meta["val"] for n in graph_module.graph.nodes if n.op == "placeholder"]
+    mode = next(v.fake_mode for v in inputs if hasattr(v, "fake_mode"))
+    with mode:
+        return make_fx(
+            torch.func.functionalize(Recorder(graph_module).run),
+            decomposition_table=dict(decompositions),
+            tracing_mode="real",
+            _allow_non_fake_inputs=True,
+        )(*inputs)
+
+
 def trace_by_export(
     function: Callable[..., Any],
     x: torch.Tensor,
@@ -126,10 +162,19 @@ def size_expression(size: Any) -> Any:
     return _expression(size)
 
 
-def graph_length() -> int:
-    """How many nodes the graph being traced has by now (0 outside of a trace)."""
+def newest_node() -> fx.Node | None:
+    """The last node of the graph being traced by now (None outside of a trace)."""
     mode = get_proxy_mode()
-    return len(mode.tracer.graph.nodes) if mode is not None else 0
+    return next(reversed(mode.tracer.graph.nodes), None) if mode is not None else None
+
+
+def nodes_since(before: fx.Node | None) -> Iterator[fx.Node]:
+    """The nodes traced after ``before``, last one first."""
+    mode = get_proxy_mode()
+    for node in reversed(mode.tracer.graph.nodes) if mode is not None else ():
+        if node is before:
+            return
+        yield node
 
 
 @contextlib.contextmanager

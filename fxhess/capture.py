@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import linecache
 import os
 import threading
 import traceback
@@ -29,6 +30,7 @@ from fxhess.errors import CaptureError, FxhessError, Origin
 
 _TORCH = os.path.dirname(torch.__file__)
 _OWN = os.path.dirname(__file__)
+_LINE, _PATH = "line", "module path"  # notes on traced nodes, from which Origin is made
 _capturing = threading.RLock()  # tracing switches process-wide settings of PyTorch
 
 
@@ -123,19 +125,40 @@ def _free_variables(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
         yield f"default{i}", value
 
 
-class _HonourNoGrad(TorchFunctionMode):
-    """What the model computes under ``torch.no_grad`` is a constant of the derivative."""
+class _Watch(TorchFunctionMode):
+    """What the model computes under ``torch.no_grad`` is a constant of the derivative; and every
+    node is marked with the line of the user's that wrote it."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any | None = None
     ) -> Any:
+        before = _torch.newest_node()
         result = func(*args, **(kwargs or {}))
+        if _torch.newest_node() is not before:
+            _mark(before, _LINE, _calling_line())
         if torch.is_grad_enabled() or any(result is a for a in args):
             return result
         with torch._C.DisableTorchFunctionSubclass():
             return tree_map_only(
                 torch.Tensor, lambda t: t.detach() if t.is_floating_point() else t, result
             )
+
+
+def _mark(before: fx.Node | None, key: str, text: str) -> None:
+    """Note ``text`` on all nodes that were traced after ``before`` and have no such note yet."""
+    for node in _torch.nodes_since(before):
+        node.meta.setdefault(key, text)
+
+
+def _calling_line() -> str:
+    """The innermost line outside of PyTorch and fxhess that led here, as ``file:line: code``."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not capture.__code__:
+        name, number = frame.f_code.co_filename, frame.f_lineno
+        if not name.startswith((_TORCH, _OWN, "<string>")):
+            return f"{name}:{number}: {linecache.getline(name, number).strip()}"
+        frame = frame.f_back
+    return ""
 
 
 def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int) -> Captured:
@@ -150,10 +173,9 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int) -> Captured:
     named = dict(model.named_parameters(remove_duplicate=False))
     named.update(model.named_buffers(remove_duplicate=False))
     names = list(named)
-    spans: list[tuple[int, int, str]] = []
 
     def function(x: torch.Tensor, *tensors: torch.Tensor) -> Any:
-        with _HonourNoGrad(), _recorded_modules(model, spans):
+        with _Watch(), _marked_modules(model):
             if not names:
                 return model(x)
             return torch.func.functional_call(
@@ -169,15 +191,16 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int) -> Captured:
             raise
         except Exception as error:
             raise _capture_error(error) from error
-    graph = traced.graph_module.graph
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    sources = [Source(tuple(name.split("."))) for name in names]
-    assert len(placeholders) == 1 + len(sources)
-    _lift_constants(traced.graph_module, model, placeholders[-1], sources)
-    _record_origins(graph, spans)
-    return Captured(
-        traced.graph_module, sources, batch_ndim, traced.symbols, traced.guards
-    )
+        graph_module = traced.graph_module
+        graph = graph_module.graph
+        placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+        sources = [Source(tuple(name.split("."))) for name in names]
+        assert len(placeholders) == 1 + len(sources)
+        _record_origins(graph)
+        _lift_constants(graph_module, model, placeholders[-1], sources)
+        if _torch.writes_in_place(graph):
+            graph_module = _torch.functional(graph_module, decompositions(), (ORIGIN,))
+    return Captured(graph_module, sources, batch_ndim, traced.symbols, traced.guards)
 
 
 def _example(x: torch.Tensor, batch_ndim: int) -> torch.Tensor:
@@ -187,20 +210,20 @@ def _example(x: torch.Tensor, batch_ndim: int) -> torch.Tensor:
 
 
 @contextmanager
-def _recorded_modules(model: nn.Module, spans: list[tuple[int, int, str]]) -> Iterator[None]:
-    """Record which part of the graph each submodule wrote: (first node, last node, path)."""
-    open_calls: list[int] = []
+def _marked_modules(model: nn.Module) -> Iterator[None]:
+    """Mark every node with the path of the innermost submodule that wrote it."""
+    open_calls: list[fx.Node | None] = []
     handles = []
     for path, module in model.named_modules():
         if not path or isinstance(module, (torch.jit.ScriptModule, nn.Identity)):
             continue
 
         def enter(*_: Any) -> None:
-            open_calls.append(_torch.graph_length())
+            open_calls.append(_torch.newest_node())
 
         def leave(*_: Any, path: str = path) -> None:
             if open_calls:
-                spans.append((open_calls.pop(), _torch.graph_length(), path))
+                _mark(open_calls.pop(), _PATH, path)
 
         handles += [
             module.register_forward_pre_hook(enter),
@@ -213,14 +236,10 @@ def _recorded_modules(model: nn.Module, spans: list[tuple[int, int, str]]) -> It
             handle.remove()
 
 
-def _record_origins(graph: fx.Graph, spans: list[tuple[int, int, str]]) -> None:
-    nodes = list(graph.nodes)
-    paths = [""] * len(nodes)
-    for first, last, path in sorted(spans, key=lambda s: s[0] - s[1]):  # widest span first
-        paths[first:last] = [path] * (last - first)
-    for node, path in zip(nodes, paths, strict=False):
-        line = _user_line(node.meta.get("stack_trace") or "")
-        node.meta[ORIGIN] = Origin(str(node.target), path, line)
+def _record_origins(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        line = node.meta.get(_LINE) or _user_line(node.meta.get("stack_trace") or "")
+        node.meta[ORIGIN] = Origin(str(node.target), node.meta.get(_PATH, ""), line)
 
 
 def _user_line(stack: str) -> str:
