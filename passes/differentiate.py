@@ -22,7 +22,6 @@ All terms are kept as *halves* A with H = A + A^T, which makes the result exactl
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +31,7 @@ from torch import fx
 
 from fxhess.contraction import Factor, contract, evaluate
 from fxhess.emit import ORIGIN, VAL, Emitter, Var
-from fxhess.errors import InternalError, SampleMixingError
+from fxhess.errors import SampleMixingError
 from fxhess.facts import Canonical, fact, is_active
 from fxhess.kinds import Label, Zero, is_curved
 from fxhess.passes.forms import Curvature, Forms, Moved
@@ -93,14 +92,17 @@ class _Differentiation:
         self.terms: list[Term] = []
         self._sizes: dict[int, Var] = {}
 
-    def run(self, bases: list[fx.Node], outputs: Sequence[str]) -> Derivative:
-        canonical = self.canonical
+    def prepare(self, outputs: Sequence[str]) -> None:
+        """Values, and the adjoints if some output needs them."""
         self._primal()
         self.algebra = Algebra(self.emitter, self.nb, self.x, self.batch_size)
-        self.forms = Forms(canonical, self.algebra, self.values)
+        self.forms = Forms(self.canonical, self.algebra, self.values)
         self.path = self._path()
         if "gradient" in outputs or "hessian" in outputs:
             self._reverse()
+
+    def run(self, bases: list[fx.Node], outputs: Sequence[str]) -> Derivative:
+        self.prepare(outputs)
         makers = {"value": self._value, "gradient": self._gradient}
         results: dict[str, Var] = {}
         for name in outputs:
@@ -196,33 +198,35 @@ class _Differentiation:
     def _hessian(self, bases: list[fx.Node]) -> Var:
         half = self._half(bases)
         with self.emitter.at(None, "result"):
-            return self._finish(half)
+            return self.finish(half)
 
     def _half(self, bases: list[fx.Node]) -> Half:
         """The half Hessian at x, piece by piece from the last base to the first."""
         starts = [self.canonical.x, *bases]
-        pieces = self._pieces(starts)
+        pieces = self.pieces(starts)
         later: Half | None = None
         for i in reversed(range(len(starts))):
             following = starts[i + 1] if i + 1 < len(starts) else None
-            later = self._piece(starts[i], pieces[i], following, later)
+            later = self.piece(starts[i], pieces[i], following, later)
         assert later is not None
         return later
 
-    def _pieces(self, starts: Sequence[fx.Node]) -> list[list[fx.Node]]:
-        """The nodes between consecutive bases; a base ends the piece that makes it."""
+    def pieces(self, starts: Sequence[fx.Node]) -> list[list[fx.Node]]:
+        """The nodes between consecutive bases; a base ends the piece that makes it.  What comes
+        before the first is left out."""
         index = {starts[0]: 0}
         pieces: list[list[fx.Node]] = [[] for _ in starts]
         order = {node: i for i, node in enumerate(starts)}
         for node in self.path[1:] if self.path else []:
             known = fact(node)
             assert known is not None
-            piece = max(index[o] for o in known.operands if o in index)
-            pieces[piece].append(node)
-            index[node] = order.get(node, piece)
+            known_pieces = [index[o] for o in known.operands if o in index]
+            if known_pieces:
+                pieces[max(known_pieces)].append(node)
+                index[node] = order.get(node, max(known_pieces))
         return pieces
 
-    def _piece(
+    def piece(
         self, base: fx.Node, nodes: Sequence[fx.Node], following: fx.Node | None, later: Half | None
     ) -> Half:
         """Formula (1) between two bases."""
@@ -378,7 +382,7 @@ class _Differentiation:
 
     # --- results ----------------------------------------------------------------------------------
 
-    def _finish(self, half: Half) -> Var:
+    def finish(self, half: Half) -> Var:
         """``H = A + A^T`` as ``[*batch, *outputs, *basis, *basis]``."""
         n, m = len(half.basis), len(half.outputs)
         if not half.cores:
@@ -466,8 +470,43 @@ class _Differentiation:
             return self._broadcast(core, (*outputs, *event))
 
 
-def numel(shape: Sequence[int]) -> int:
-    return math.prod(shape)
+class Sketch:
+    """Pieces of the derivative written on scratch paper, for the planner to cost."""
+
+    def __init__(self, canonical: Canonical) -> None:
+        self.canonical = canonical
+        self._draft = _Differentiation(canonical)
+        self._draft.prepare(("hessian",))
+
+    def piece(
+        self, base: fx.Node, following: fx.Node | None, later: Half | None
+    ) -> tuple[Half, list[fx.Node]]:
+        """The half Hessian at ``base`` of everything up to ``following`` (whose half is
+        ``later``), and the operations written for it."""
+        starts = [base, *([following] if following is not None else [])]
+        nodes = self._draft.pieces(starts)[0]
+        written = _Written(self._draft.emitter)
+        half = self._draft.piece(base, nodes, following, later)
+        return half, written.nodes()
+
+    def finish(self, half: Half) -> list[fx.Node]:
+        """The operations that make the result of a half."""
+        written = _Written(self._draft.emitter)
+        self._draft.finish(half)
+        return written.nodes()
 
 
-__all__ = ["OUTPUTS", "Derivative", "InternalError", "Term", "differentiate"]
+class _Written:
+    """What is appended to a graph from now on."""
+
+    def __init__(self, emitter: Emitter) -> None:
+        self.graph = emitter.graph
+        self.last = next(iter(reversed(self.graph.nodes)), None)
+
+    def nodes(self) -> list[fx.Node]:
+        found = []
+        for node in reversed(self.graph.nodes):
+            if node is self.last:
+                break
+            found.append(node)
+        return found[::-1]

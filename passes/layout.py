@@ -131,6 +131,9 @@ class Layouts:
         sizes: dict[Any, int] | None = None,
     ) -> Var:
         """A multilinear node over labelled canonical axes."""
+        if isinstance(scale, Var) and not isinstance(scale.val, torch.Tensor):
+            # A number that depends on the batch size, as a tensor like any other factor.
+            scale = self.emitter.call(torch.Tensor.new_full, self.x, (), scale)
         kind = Multilinear(
             tuple(map(tuple, inputs)), tuple(output), scale, dict(sizes or {})
         )

@@ -287,18 +287,42 @@ def pointwise(bound: Bound) -> Any:
         is_laid = isinstance(value, Laid)
         has_batch = is_laid or any(isinstance(n, str) for n in names)
         target = [*batch, *event] if has_batch else event
-        target = [n if n in names else ("new", n) for n in target]
-        var = layouts.arrange(var, names, target, laid=is_laid)
+        if is_laid and isinstance(bound.rule.kind, Linear):
+            # A linear rule sees every operand at the full size of the result.
+            sizes = {n: unifier.groups[n[0]][n[1]].size for n in event if n not in names}
+            if names != target:
+                var = layouts.equation([var], [names], target, sizes=sizes)
+        else:
+            target = [n if n in names else ("new", n) for n in target]
+            var = layouts.arrange(var, names, target, laid=is_laid)
         bound.replace(name, index, var)
         operands.append(var)
     var = bound.emit()
-    axes = [tuple(range(len(event)))] * len(operands)
-    kind = bound.rule.kind
-    if summed and not _is_affine(kind, [isinstance(v, Laid) for _, _, v, _ in labelled]):
+    kind, spoken = _spoken(bound.rule, [name for name, _, _, _ in labelled])
+    operands = [operands[k] for k in spoken]
+    depends = [isinstance(labelled[k][2], Laid) for k in spoken]
+    if summed and not _is_affine(kind, depends):
         raise layouts.mixing("is nonlinear in a sum over the batch")
-    layouts.annotate(var, kind, operands, axes)
+    layouts.annotate(var, kind, operands, [tuple(range(len(event)))] * len(operands))
     groups = tuple(unifier.groups[axis] for axis in range(rank))
     return Laid(var, groups, summed)
+
+
+def _spoken(rule: Rule, given: Sequence[str]) -> tuple[Any, list[int]]:
+    """The kind, and which of the tensor arguments ``given`` it speaks of: partial derivatives
+    with respect to arguments that are numbers here, or left out, are dropped."""
+    schema = rule.op._schema.arguments
+    names = rule.differentiable or tuple(a.name for a in schema if "Tensor" in str(a.type))
+    kept = [k for k, name in enumerate(names) if name in given]
+    kind = rule.kind
+    if isinstance(kind, Elementwise):
+        second = {
+            (kept.index(i), kept.index(j)): value
+            for (i, j), value in kind.second.items()
+            if i in kept and j in kept
+        }
+        kind = Elementwise(tuple(kind.first[k] for k in kept), second)
+    return kind, [given.index(names[k]) for k in kept]
 
 
 def _is_affine(kind: Any, depends: Sequence[bool]) -> bool:

@@ -1,0 +1,69 @@
+"""The public entry: :func:`transform`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxhess.errors import InputError
+from fxhess.module import OUTPUTS, HessianModule
+
+
+def transform(
+    model: nn.Module | Callable[..., Any],
+    outputs: str | Sequence[str] = "hessian",
+    *,
+    event_ndim: int = 1,
+    example: torch.Tensor | None = None,
+    strategy: str = "auto",
+) -> HessianModule:
+    """A module that returns per-sample derivatives of ``model``, exact and batched.
+
+    For ``x: [*batch, *event]``, where the last ``event_ndim`` axes are one sample and all others
+    batch axes (possibly none), ``model(x)`` has to be a scalar for each sample (``[*batch]`` or
+    ``[*batch, 1]``), a vector (``[*batch, m]``), or a scalar that is a plain sum over the batch.
+    The Hessian is ``[*batch, *event, *event]``, or ``[*batch, m, *event, *event]``.
+
+    Args:
+        model: a module or function that PyTorch can trace and whose samples are independent.
+            Its parameters and buffers stay its own: changes act at the next call.
+        outputs: ``"hessian"``, ``"gradient"``, ``"value"``, or several: a named tuple, in one pass.
+        event_ndim: how many trailing axes of x make one sample.
+        example: specialize now for inputs like this one (any batch size), not at the first call.
+        strategy: how the terms of the Hessian end: ``"auto"`` (by cost), ``"close"`` (all
+            contracted at x) or ``"rebase"`` (piece by piece at every narrow place).
+
+    Raises:
+        InputError: an unknown output or strategy, or an x that does not fit.
+        CaptureError: (at specialization) PyTorch cannot trace the model, or its result is no
+            scalar or vector per sample.
+        SampleMixingError: samples of the batch see each other.
+        UnsupportedOpError: an operation on the path from x has no rule.
+
+    Example:
+        >>> hess = fxhess.transform(torch.nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)))
+        >>> hess(torch.randn(32, 3)).shape
+        torch.Size([32, 3, 3])
+
+    Source: edge-pushing (Gower & Mello 2012), in tensor form (Laue, Mitterreiter & Giesen 2020).
+    """
+    names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    unknown = [name for name in names if name not in OUTPUTS]
+    if unknown or not names or len(set(names)) != len(names):
+        raise InputError(
+            f"unknown output {unknown[0]!r}" if unknown else "outputs must be named once each",
+            hint=f"valid outputs are {', '.join(map(repr, OUTPUTS))}",
+        )
+    if not callable(model):
+        raise InputError(f"a model is a module or a function, not {type(model).__name__}")
+    if event_ndim < 0:
+        raise InputError(f"event_ndim counts axes; {event_ndim} is negative")
+    hess = HessianModule(
+        model, outputs if isinstance(outputs, str) else names, event_ndim, strategy
+    )
+    if example is not None:
+        hess.specialize(example)
+    return hess

@@ -1,0 +1,146 @@
+"""The compiler, read aloud: canonicalize, mark activity, plan, differentiate, simplify, lower.
+
+The only module that imports both rules and passes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+import fxhess.rules  # noqa: F401  (fills the registry)
+from fxhess.capture import Captured
+from fxhess.errors import Origin
+from fxhess.passes.activity import mark_activity
+from fxhess.passes.canonicalize import canonicalize
+from fxhess.passes.check import check_canonical, check_graph
+from fxhess.passes.differentiate import Term, differentiate
+from fxhess.passes.lower import lower
+from fxhess.passes.plan import plan as make_plan
+from fxhess.passes.simplify import simplify
+from fxhess.registry import version
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a plan is made for, besides the graph itself."""
+
+    outputs: tuple[str, ...]
+    event_ndim: int
+    strategy: str = "auto"
+
+
+@dataclass
+class Program:
+    """A finished plan: the generated module and what ``explain`` tells about it.
+
+    ``graph_module`` takes x and the tensors of the sources, in order, and returns the outputs (a
+    tuple if there are several).
+    """
+
+    graph_module: fx.GraphModule
+    terms: list[tuple[Origin | None, str, str, str]]
+    summed: bool
+    vector: bool
+    bases: list[str]
+    estimate: float
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def key_of(captured: Captured, x: torch.Tensor, options: Options) -> str:
+    """What two captured models must have in common to share a program: the structure of the
+    graph, shapes, types, device kind, options and the table of rules."""
+    digest = hashlib.sha256()
+    index: dict[fx.Node, int] = {}
+
+    def write(value: Any) -> str:
+        if isinstance(value, fx.Node):
+            return f"%{index[value]}"
+        if isinstance(value, (list, tuple)):
+            return "[" + ",".join(map(write, value)) + "]"
+        if isinstance(value, dict):
+            return "{" + ",".join(f"{k}:{write(v)}" for k, v in value.items()) + "}"
+        return f"{type(value).__name__}:{value!r}"
+
+    for i, node in enumerate(captured.graph_module.graph.nodes):
+        index[node] = i
+        text = f"{node.op}|"
+        if node.op == "placeholder":
+            val = node.meta["val"]
+            text += f"{tuple(val.shape)}|{val.dtype}|{val.device.type}"
+        else:
+            text += f"{node.target}|{write(node.args)}|{write(node.kwargs)}"
+        digest.update(text.encode())
+    nb = captured.batch_ndim
+    facts = (
+        index[captured.output], captured.symbols, captured.guards, nb,
+        tuple(x.shape[nb:]), x.dtype, str(x.device), options, version(), torch.__version__,
+    )  # fmt: skip
+    digest.update(repr(facts).encode())
+    return digest.hexdigest()
+
+
+def compile_captured(captured: Captured, x: torch.Tensor, options: Options) -> Program:
+    """Run all passes; the graph is checked after each."""
+    clock = _Clock()
+    canonical = canonicalize(captured, x)
+    clock.mark("canonicalize")
+    check_canonical(canonical, "canonicalize")
+    canonical = mark_activity(canonical)
+    check_canonical(canonical, "mark_activity")
+    clock.mark("activity")
+    want_hessian = "hessian" in options.outputs
+    plan = make_plan(canonical, x.device, options.strategy if want_hessian else "close")
+    clock.mark("plan")
+    derivative = differentiate(canonical, plan.bases, options.outputs)
+    check_graph(derivative.graph, "differentiate")
+    clock.mark("differentiate")
+    results = derivative.results
+    marks = derivative.graph.output(tuple(v.node for v in results.values()))
+    graph = simplify(derivative.graph)
+    (kept,) = marks.args
+    assert isinstance(kept, tuple)
+    for var, node in zip(results.values(), kept, strict=True):
+        assert isinstance(node, fx.Node)
+        var.node = node
+    graph.erase_node(marks)
+    check_graph(graph, "simplify")
+    clock.mark("simplify")
+    module = lower(graph, results)
+    check_graph(module.graph, "lower")
+    clock.mark("lower")
+    return Program(
+        module,
+        _describe(derivative.terms),
+        canonical.summed,
+        canonical.vector,
+        [n.name for n in plan.bases],
+        plan.estimate,
+        clock.marks,
+    )
+
+
+def _describe(terms: Sequence[Term]) -> list[tuple[Origin | None, str, str, str]]:
+    rows = []
+    for term in terms:
+        distinct = len(set(term.pattern))
+        structure = "diagonal" if distinct < len(term.pattern) else "dense"
+        rows.append((term.node.meta.get("origin"), term.kind, term.base.name, structure))
+    return rows
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.marks: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def mark(self, name: str) -> None:
+        now = time.perf_counter()
+        self.marks[name] = now - self._last
+        self._last = now

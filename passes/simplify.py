@@ -1,0 +1,68 @@
+"""Simplification: no operation twice, none that no result needs.
+
+*Needs* any graph of plain operations.  *Gives* the same program, smaller::
+
+    a = tanh(x); b = tanh(x); y = a * b; z = exp(x)      ==>      a = tanh(x); y = a * a
+
+Operations that draw random numbers, or write into their arguments, are never joined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxhess.emit import VAL
+
+
+def simplify(graph: fx.Graph) -> fx.Graph:
+    """Join equal operations and drop unused ones, in place; returns the graph."""
+    seen: dict[Hashable, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not is_repeatable(node):
+            continue
+        key = _key(node)
+        if key is None:
+            continue
+        known = seen.setdefault(key, node)
+        if known is not node:
+            node.replace_all_uses_with(known)
+            graph.erase_node(node)
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op == "call_function":
+            graph.erase_node(node)
+    return graph
+
+
+def is_repeatable(node: fx.Node) -> bool:
+    """Whether the operation gives the same result for the same operands, and changes nothing."""
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        random = torch.Tag.nondeterministic_seeded in target.tags
+        return not random and not target._schema.is_mutable
+    return True
+
+
+def _key(node: fx.Node) -> Hashable | None:
+    value = node.meta.get(VAL)
+    dtype = value.dtype if isinstance(value, torch.Tensor) else None
+    try:
+        key = (node.target, _freeze(node.args), _freeze(node.kwargs), dtype)
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _freeze(value: Any) -> Hashable:
+    if isinstance(value, dict):
+        return ("dict", *((k, _freeze(v)) for k, v in sorted(value.items())))
+    if isinstance(value, (list, tuple)):
+        return (type(value).__name__, *map(_freeze, value))
+    if isinstance(value, slice):
+        return ("slice", _freeze(value.start), _freeze(value.stop), _freeze(value.step))
+    # 1, 1.0 and True are equal and hash alike, yet give tensors of different types.
+    return (type(value).__name__, value)
