@@ -302,7 +302,7 @@ def _tensor_paths(model: nn.Module) -> dict[int, tuple[str, ...]]:
 
 def _capture_error(error: Exception) -> CaptureError:
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if not f.filename.startswith((_TORCH, _OWN))]
+    own = [f for f in frames if not f.filename.startswith((_TORCH, _OWN, "<string>"))]
     where = f"{own[-1].filename}:{own[-1].lineno}: {own[-1].line}" if own else ""
     name = type(error).__name__
     if "DataDependent" in name or "data-dependent" in str(error).lower():

@@ -61,7 +61,7 @@ def models(sample: Sample, seed: int) -> Iterator[tuple[str, Callable[..., Any]]
     mix = torch.randn(n, n, generator=generator, dtype=torch.float64) / n**0.5
 
     def total(y: torch.Tensor) -> torch.Tensor:
-        return (y * weight).flatten(1).sum(1)
+        return (y * weight).unsqueeze(-1).flatten(1).sum(1)
 
     yield "plain", lambda x: total(sample.function(x))
     yield "then sin", lambda x: total(torch.sin(sample.function(x)))

@@ -2,6 +2,37 @@
 
 from __future__ import annotations
 
-from fxhess.rules import elementwise, products, reductions, shape
+from fxhess.rules import (
+    attention,
+    convolution,
+    elementwise,
+    normalize,
+    pooling,
+    products,
+    recurrent,
+    reductions,
+    resampling,
+    shape,
+)
 
-__all__ = ["elementwise", "products", "reductions", "shape"]
+__all__ = [
+    "activations",
+    "elementwise",
+    "losses",
+    "products",
+    "reductions",
+    "shape",
+    "special",
+    "zero",
+]
+    "attention",
+    "convolution",
+    "elementwise",
+    "normalize",
+    "pooling",
+    "products",
+    "recurrent",
+    "reductions",
+    "resampling",
+    "shape",
+]

@@ -1,12 +1,20 @@
-"""Reductions."""
+"""Sums, means, moments, norms, extrema, products and running forms of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fxhess.kinds import Equation
-from fxhess.registry import aten, multilinear
+import torch
+
+from fxhess.kinds import Along, Call, Equation
+from fxhess.registry import aten, composite, linear, multilinear, zero
+
+Dims = int | Sequence[int] | None
+
+
+# --- sums and means ---------------------------------------------------------------------------
 
 
 def _reduce(a: Mapping[str, Any], mean: bool) -> Equation:
@@ -17,7 +25,338 @@ def _reduce(a: Mapping[str, Any], mean: bool) -> Equation:
     return Equation((tuple(range(rank)),), output, mean=mean)
 
 
-multilinear(aten.sum.default, lambda a: _reduce(a, False))
-multilinear(aten.sum.dim_IntList, lambda a: _reduce(a, False))
-multilinear(aten.mean.default, lambda a: _reduce(a, True))
-multilinear(aten.mean.dim, lambda a: _reduce(a, True))
+def _cast_first(op: Callable[..., Any]) -> Callable[..., Any]:
+    """An equation computes in the dtype of its operand: cast where the result is of another."""
+
+    def rewrite(self: torch.Tensor, *args: Any, dtype: torch.dtype | None = None) -> Any:
+        own = self.dtype
+        exact = own.is_floating_point or own.is_complex or own == torch.int64
+        wanted = dtype or (own if exact else torch.int64)
+        return NotImplemented if wanted == own else op(self.to(wanted), *args)
+
+    return rewrite
+
+
+for op, mean in (
+    (aten.sum.default, False),
+    (aten.sum.dim_IntList, False),
+    (aten.mean.default, True),
+    (aten.mean.dim, True),
+):
+    multilinear(op, lambda a, mean=mean: _reduce(a, mean), rewrite=_cast_first(op))
+
+
+@composite(aten.nansum.default)
+def nansum(
+    self: torch.Tensor,
+    dim: Dims = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    zeros = torch.zeros_like(self)
+    return torch.sum(
+        torch.where(torch.isnan(self), zeros, self), _dims(self, dim), keepdim, dtype=dtype
+    )
+
+
+# --- moments ----------------------------------------------------------------------------------
+
+
+def _dims(self: torch.Tensor, dim: Dims) -> list[int]:
+    """The axes that ``dim`` names: all where it names none."""
+    if isinstance(dim, int):
+        return [dim]
+    return list(dim) if dim else list(range(self.ndim))
+
+
+def _terms(self: torch.Tensor, dims: Sequence[int]) -> int:
+    return math.prod(self.shape[d] for d in dims) if self.ndim else 1
+
+
+def _squeezed(value: torch.Tensor, dims: Sequence[int], keepdim: bool) -> torch.Tensor:
+    return value if keepdim or not value.ndim else torch.squeeze(value, tuple(dims))
+
+
+def sqrt_or_zero(value: torch.Tensor) -> torch.Tensor:
+    """The square root, with derivative 0 at 0 as PyTorch's norms have it."""
+    none = value == 0
+    return torch.where(none, 0.0, torch.sqrt(torch.where(none, 1.0, value)))
+
+
+def _moments(
+    self: torch.Tensor, dim: Dims, correction: float, keepdim: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Variance and mean."""
+    dims = _dims(self, dim)
+    mean = torch.mean(self, dims, True)
+    rest = self - mean
+    n = _terms(self, dims) - correction
+    var = torch.sum(rest * rest, dims, True) / max(n, 0)
+    return _squeezed(var, dims, keepdim), _squeezed(mean, dims, keepdim)
+
+
+@composite(aten.var_mean.correction)
+def var_mean(
+    self: torch.Tensor,
+    dim: Dims = None,
+    *,
+    correction: float | None = None,
+    keepdim: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _moments(self, dim, 1 if correction is None else correction, keepdim)
+
+
+@composite(aten.std_mean.correction)
+def std_mean(
+    self: torch.Tensor,
+    dim: Dims = None,
+    *,
+    correction: float | None = None,
+    keepdim: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    var, mean = var_mean(self, dim, correction=correction, keepdim=keepdim)
+    return sqrt_or_zero(var), mean
+
+
+@composite(aten.var.correction)
+def var(self: torch.Tensor, dim: Dims = None, **options: Any) -> torch.Tensor:
+    return var_mean(self, dim, **options)[0]
+
+
+@composite(aten.std.correction)
+def std(self: torch.Tensor, dim: Dims = None, **options: Any) -> torch.Tensor:
+    return sqrt_or_zero(var_mean(self, dim, **options)[0])
+
+
+# --- norms ------------------------------------------------------------------------------------
+
+
+@composite(aten.linalg_vector_norm.default)
+def vector_norm(
+    self: torch.Tensor,
+    ord: float = 2,
+    dim: Dims = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """``(sum |x|^p)^(1/p)``.  Where it is not differentiable, the derivatives are 0: at an entry
+    that is 0 (p < 2, where |x|^p has a kink) and at the zero vector."""
+    x = self if dtype is None else self.to(dtype)
+    dims = _dims(x, dim)
+    if ord == 2:
+        return sqrt_or_zero(torch.sum(x * x, dims, keepdim))
+    if ord == 0:
+        return torch.sum((x != 0).to(x.dtype), dims, keepdim)
+    size = torch.abs(x)
+    if ord == 1:
+        return torch.sum(size, dims, keepdim)
+    if math.isinf(ord):
+        return (torch.amax if ord > 0 else torch.amin)(size, dims, keepdim)
+    if ord < 0:
+        return torch.pow(torch.sum(torch.pow(size, ord), dims, keepdim), 1 / ord)
+    total = torch.sum(_pow_or_zero(size, ord), dims, keepdim)
+    return _pow_or_zero(total, 1 / ord)
+
+
+def _pow_or_zero(value: torch.Tensor, exponent: float) -> torch.Tensor:
+    """A positive power of what is not negative, with derivatives 0 at 0."""
+    none = value == 0
+    return torch.where(none, 0.0, torch.pow(torch.where(none, 1.0, value), exponent))
+
+
+@composite(aten.norm.Scalar)
+def norm(self: torch.Tensor, p: float = 2) -> torch.Tensor:
+    return vector_norm(self, p)
+
+
+@composite(aten.norm.ScalarOpt_dtype)
+def norm_dtype(self: torch.Tensor, p: float | None, *, dtype: torch.dtype) -> torch.Tensor:
+    return vector_norm(self, 2 if p is None else p, dtype=dtype)
+
+
+@composite(aten.norm.ScalarOpt_dim, aten.norm.ScalarOpt_dim_dtype)
+def norm_dim(
+    self: torch.Tensor,
+    p: float | None,
+    dim: Dims,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    return vector_norm(self, 2 if p is None else p, dim, keepdim, dtype=dtype)
+
+
+@composite(aten.dist.default)
+def dist(self: torch.Tensor, other: torch.Tensor, p: float = 2) -> torch.Tensor:
+    return vector_norm(self - other, p)
+
+
+# --- logarithms of sums -----------------------------------------------------------------------
+
+
+def finite_peak(self: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
+    """The largest entry along ``dims``, kept as axes of size 1, as a constant: what exponents are
+    shifted by.  0 where it is infinite, so that exp(-inf) stays 0."""
+    peak = torch.amax(self.detach(), dims, True)
+    return torch.where(torch.isinf(peak), 0.0, peak)
+
+
+@composite(aten.logsumexp.default)
+def logsumexp(self: torch.Tensor, dim: Dims, keepdim: bool = False) -> torch.Tensor:
+    dims = _dims(self, dim)
+    peak = finite_peak(self, dims)
+    total = torch.sum(torch.exp(self - peak), dims, True)
+    return _squeezed(torch.log(total) + peak, dims, keepdim)
+
+
+@composite(aten.logcumsumexp.default)
+def logcumsumexp(self: torch.Tensor, dim: int) -> torch.Tensor:
+    """Each result has a shift of its own, for terms that differ by orders of magnitude: n^2
+    exponentials."""
+    if not self.ndim:
+        return self.clone()
+    n = self.shape[dim]
+    x = torch.movedim(self, dim, -1).unsqueeze(-2)
+    late = torch.ones(n, n, dtype=torch.bool, device=self.device).triu(1)
+    terms = torch.where(late, -math.inf, x)
+    return torch.movedim(logsumexp(terms, [-1]), -1, dim)
+
+
+# --- extrema ----------------------------------------------------------------------------------
+
+
+def _ties(call: Call) -> tuple[Any, Any]:
+    """Where the extremum is taken, and in how many places (kept as axes of size 1)."""
+    dims = tuple(call.args[1])
+    y = call.y if call.args[2] else _restored(call.y, dims)
+    taken = call.operands[0] == y
+    return taken, torch.sum(taken, dims, True)
+
+
+def _restored(value: Any, dims: Sequence[int]) -> Any:
+    """Put back, with size 1, the axes (negative numbers) that a reduction dropped."""
+    for dim in sorted(dims, reverse=True):
+        value = torch.unsqueeze(value, dim)
+    return value
+
+
+def _extremum_pull(g: Any, call: Call) -> Any:
+    taken, count = _ties(call)
+    g = g if call.args[2] else _restored(g, tuple(call.args[1]))
+    return torch.where(taken, g / count, 0.0)
+
+
+def _extremum_push(call: Call, t: Any) -> Any:
+    taken, count = _ties(call)
+    kept = torch.where(taken, t / count, 0.0)
+    return torch.sum(kept, tuple(call.args[1]), call.args[2])
+
+
+for op in (aten.amax.default, aten.amin.default):
+    linear(op, Along("dim"), pull=_extremum_pull, push=_extremum_push)
+
+
+@composite(aten.max.default)
+def max_all(self: torch.Tensor) -> torch.Tensor:
+    return torch.amax(self)
+
+
+@composite(aten.min.default)
+def min_all(self: torch.Tensor) -> torch.Tensor:
+    return torch.amin(self)
+
+
+@composite(aten.aminmax.default)
+def aminmax(
+    self: torch.Tensor, *, dim: int | None = None, keepdim: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dims = _dims(self, dim)
+    return torch.amin(self, dims, keepdim), torch.amax(self, dims, keepdim)
+
+
+# --- products ---------------------------------------------------------------------------------
+# By halves, so that no factor is ever divided out: exact also where factors are 0.
+
+
+@composite(aten.prod.dim_int)
+def prod_dim(
+    self: torch.Tensor, dim: int, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    x = _numeric(self, dtype)
+    if not x.ndim:
+        return x.clone()
+    n = x.shape[dim]
+    if n == 0:
+        return torch.sum(x, [dim], keepdim) + 1
+    while n > 1:
+        half = n // 2
+        pairs = torch.narrow(x, dim, 0, half) * torch.narrow(x, dim, half, half)
+        x = torch.cat([pairs, torch.narrow(x, dim, n - 1, 1)], dim) if n % 2 else pairs
+        n -= half
+    return _squeezed(x, [dim], keepdim)
+
+
+@composite(aten.prod.default)
+def prod(self: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return prod_dim(self.reshape(-1), 0, dtype=dtype)
+
+
+@composite(aten.cumprod.default)
+def cumprod(self: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Products of 1, 2, 4 .. neighbours (Hillis and Steele 1986)."""
+    x = _numeric(self, dtype)
+    if not x.ndim:
+        return x.clone()
+    n, done = x.shape[dim], 1
+    while done < n:
+        head = torch.narrow(x, dim, 0, done)
+        tail = torch.narrow(x, dim, done, n - done) * torch.narrow(x, dim, 0, n - done)
+        x = torch.cat([head, tail], dim)
+        done *= 2
+    return x
+
+
+def _numeric(self: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    if dtype is None and not (self.dtype.is_floating_point or self.dtype.is_complex):
+        dtype = torch.int64
+    return self if dtype is None else self.to(dtype)
+
+
+linear(
+    aten.cumsum.default,
+    Along("dim"),
+    pull=lambda g, c: torch.flip(
+        torch.cumsum(torch.flip(g, (c.args[1],)), c.args[1]), (c.args[1],)
+    ),
+    rewrite=_cast_first(aten.cumsum.default),
+)
+
+# --- counts and tests: no derivative ------------------------------------------------------------
+
+for op in (
+    aten.count_nonzero.dim_IntList,
+    aten.any.dim,
+    aten.any.dims,
+    aten.all.dim,
+    aten.all.dims,
+    aten.argmax.default,
+    aten.argmin.default,
+):
+    zero(op, Along("dim"))
+
+
+@composite(aten.count_nonzero.default)
+def count_nonzero(self: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+    return aten.count_nonzero.dim_IntList(self, _dims(self, dim))
+
+
+@composite(aten.any.default)
+def any_all_axes(self: torch.Tensor) -> torch.Tensor:
+    return aten.any.dims(self, list(range(self.ndim)))
+
+
+@composite(aten.all.default)
+def all_all_axes(self: torch.Tensor) -> torch.Tensor:
+    return aten.all.dims(self, list(range(self.ndim)))

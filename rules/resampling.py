@@ -1,0 +1,256 @@
+"""Resizing and sampling of images: interpolation along one axis after another, by a constant
+matrix; sampling at points that may depend on x."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fxhess.registry import aten, composite
+
+Ints = Sequence[int]
+Taps = list[tuple[int, float]]  # (index, weight) of the entries that make one new entry
+
+
+# --- where new entries come from --------------------------------------------------------------
+
+
+def _scale(n: int, out: int, align: bool, given: float | None) -> float:
+    if align:
+        return (n - 1) / (out - 1) if out > 1 else 0.0
+    return 1 / given if given else n / out
+
+
+def _source(i: int, scale: float, align: bool) -> float:
+    return scale * i if align else scale * (i + 0.5) - 0.5
+
+
+def _linear(i: int, n: int, scale: float, align: bool) -> Taps:
+    at = max(_source(i, scale, align), 0.0)
+    low = min(int(at), n - 1)
+    part = at - low
+    return [(low, 1 - part), (min(low + 1, n - 1), part)]
+
+
+def _cubic_weight(x: Any, a: float) -> Any:
+    """Keys' cubic convolution kernel at a distance below 1 (Keys 1981, eq. 15)."""
+    return ((a + 2) * x - (a + 3)) * x * x + 1
+
+
+def _cubic_tail(x: Any, a: float) -> Any:
+    """The same kernel at a distance from 1 to 2."""
+    return ((x - 5) * x + 8) * x * a - 4 * a
+
+
+def _cubic(i: int, n: int, scale: float, align: bool) -> Taps:
+    at = _source(i, scale, align)
+    low = math.floor(at)
+    weights = _cubic_weights(at - low)
+    return [(min(max(low - 1 + k, 0), n - 1), w) for k, w in enumerate(weights)]
+
+
+def _cubic_weights(part: Any, a: float = -0.75) -> list[Any]:
+    """Weights of the entries at -1, 0, 1 and 2 for a point at ``part`` between 0 and 1."""
+    return [
+        _cubic_tail(part + 1, a),
+        _cubic_weight(part, a),
+        _cubic_weight(1 - part, a),
+        _cubic_tail(2 - part, a),
+    ]
+
+
+def _antialiased(width: float, kernel: Callable[[float], float]) -> Callable[..., Taps]:
+    """A kernel stretched by the scale where the image shrinks."""
+
+    def taps(i: int, n: int, scale: float, align: bool) -> Taps:
+        stretch = max(scale, 1.0)
+        centre, reach = scale * (i + 0.5), width * stretch
+        first = max(int(centre - reach + 0.5), 0)
+        last = min(int(centre + reach + 0.5), n)
+        weights = [kernel(abs(k - centre + 0.5) / stretch) for k in range(first, last)]
+        return [(first + k, w / sum(weights)) for k, w in enumerate(weights)]
+
+    return taps
+
+
+def _keys(x: float) -> float:
+    return _cubic_weight(x, -0.5) if x < 1 else _cubic_tail(x, -0.5) if x < 2 else 0.0
+
+
+# --- along one axis -----------------------------------------------------------------------------
+
+
+def _interpolated(
+    x: torch.Tensor, dim: int, out: int, taps: Callable[..., Taps], align: bool, given: float | None
+) -> torch.Tensor:
+    n = x.shape[dim]
+    scale = _scale(n, out, align, given)
+    matrix = [[0.0] * out for _ in range(n)]
+    for i in range(out):
+        for k, weight in taps(i, n, scale, align):
+            matrix[k][i] += weight
+    constant = torch.tensor(matrix, dtype=x.dtype, device=x.device)
+    return torch.movedim(torch.tensordot(x, constant, ([dim], [0])), -1, dim)
+
+
+def _nearest(
+    x: torch.Tensor, dim: int, out: int, half: float, given: float | None
+) -> torch.Tensor:
+    """In single precision, as the operator computes its indices for every dtype."""
+    n = x.shape[dim]
+    scale = np.float32(1 / given if given else np.float32(n) / np.float32(out))
+    places = [min(int((np.float32(i) + np.float32(half)) * scale), n - 1) for i in range(out)]
+    return torch.index_select(x, dim, torch.tensor(places, device=x.device))
+
+
+Resize = Callable[[torch.Tensor, int, int, bool, float | None], torch.Tensor]
+
+
+def _by_nearest(half: float) -> Resize:
+    return lambda x, dim, out, align, given: _nearest(x, dim, out, half, given)
+
+
+def _by_matrix(taps: Callable[..., Taps]) -> Resize:
+    return lambda x, dim, out, align, given: _interpolated(x, dim, out, taps, align, given)
+
+
+def _resize(
+    x: torch.Tensor, resize: Resize, sizes: Ints, align: bool, given: Sequence[float | None]
+) -> torch.Tensor:
+    for dim, (out, scale) in enumerate(zip(sizes, given, strict=True), -len(sizes)):
+        x = resize(x, dim, int(out), align, scale)
+    return x
+
+
+def _register(name: str, rank: int, resize: Resize, aligned: bool) -> None:
+    """Both forms of an operator: sizes given (with scales as a hint), or sizes or scales."""
+    op = getattr(aten, name)
+
+    def sized(self: torch.Tensor, output_size: Ints, *rest: Any, **named: Any) -> torch.Tensor:
+        given = [*rest, *named.values()]
+        align = bool(given.pop(0)) if aligned else False
+        return _resize(self, resize, output_size, align, [*given, *[None] * (rank - len(given))])
+
+    def listed(
+        self: torch.Tensor, output_size: Ints | None, *rest: Any
+    ) -> torch.Tensor:
+        align, scales = (bool(rest[0]), rest[1]) if aligned else (False, rest[0])
+        sizes = output_size or [
+            int(n * s) for n, s in zip(self.shape[-rank:], scales, strict=True)
+        ]
+        return _resize(self, resize, sizes, align, scales or [None] * rank)
+
+    composite(op.default)(sized)
+    composite(op.vec)(listed)
+
+
+for rank in (1, 2, 3):
+    _register(f"upsample_nearest{rank}d", rank, _by_nearest(0.0), False)
+    _register(f"_upsample_nearest_exact{rank}d", rank, _by_nearest(0.5), False)
+_register("upsample_linear1d", 1, _by_matrix(_linear), True)
+_register("upsample_bilinear2d", 2, _by_matrix(_linear), True)
+_register("upsample_trilinear3d", 3, _by_matrix(_linear), True)
+_register("upsample_bicubic2d", 2, _by_matrix(_cubic), True)
+_register(
+    "_upsample_bilinear2d_aa",
+    2,
+    _by_matrix(_antialiased(1.0, lambda x: max(1.0 - x, 0.0))),
+    True,
+)
+_register("_upsample_bicubic2d_aa", 2, _by_matrix(_antialiased(2.0, _keys)), True)
+
+
+# --- channels into pixels and back ----------------------------------------------------------------
+
+
+@composite(aten.pixel_shuffle.default)
+def pixel_shuffle(self: torch.Tensor, upscale_factor: int) -> torch.Tensor:
+    r = upscale_factor
+    x = torch.unflatten(self, -3, (-1, r, r))  # .. c r s h w
+    x = torch.movedim(x, (-4, -3), (-3, -1))  # .. c h r w s
+    return torch.flatten(torch.flatten(x, -2), -3, -2)
+
+
+@composite(aten.pixel_unshuffle.default)
+def pixel_unshuffle(self: torch.Tensor, downscale_factor: int) -> torch.Tensor:
+    r = downscale_factor
+    x = torch.unflatten(torch.unflatten(self, -1, (-1, r)), -3, (-1, r))  # .. c h r w s
+    x = torch.movedim(x, (-3, -1), (-4, -3))  # .. c r s h w
+    return torch.flatten(x, -5, -3)
+
+
+@composite(aten.channel_shuffle.default, aten.native_channel_shuffle.default)
+def channel_shuffle(self: torch.Tensor, groups: int) -> torch.Tensor:
+    return torch.flatten(torch.unflatten(self, 1, (groups, -1)).transpose(1, 2), 1, 2)
+
+
+# --- sampling at given points ---------------------------------------------------------------------
+
+BILINEAR, NEAREST, BICUBIC = 0, 1, 2
+ZEROS, BORDER, REFLECTION = 0, 1, 2
+
+
+def _padded(at: torch.Tensor, n: int, padding: int, align: bool) -> torch.Tensor:
+    """A position moved into the image, as the padding mode says."""
+    if padding == REFLECTION:
+        low, span = (0.0, n - 1) if align else (-0.5, n)
+        if span == 0:
+            return torch.zeros_like(at)
+        away = torch.abs(at - low)
+        turns = torch.floor(away.detach() / span)
+        rest = away - turns * span
+        at = torch.where(turns % 2 == 0, rest, span - rest) + low
+    return at if padding == ZEROS else torch.clamp(at, 0, n - 1)
+
+
+def _axis_taps(
+    c: torch.Tensor, n: int, mode: int, padding: int, align: bool
+) -> list[tuple[torch.Tensor, Any]]:
+    """Integral positions along an axis and their weights, for coordinates from -1 to 1."""
+    at = (c + 1) / 2 * (n - 1) if align else ((c + 1) * n - 1) / 2
+    if mode == BICUBIC:
+        base = torch.floor(at.detach())
+        weights = _cubic_weights(at - base)
+        return [(_padded(base + k - 1, n, padding, align), w) for k, w in enumerate(weights)]
+    at = _padded(at, n, padding, align)
+    if mode == NEAREST:
+        return [(torch.round(at.detach()), 1.0)]
+    base = torch.floor(at.detach())
+    return [(base, 1 - (at - base)), (base + 1, at - base)]
+
+
+@composite(aten.grid_sampler_2d.default, aten.grid_sampler_3d.default)
+def grid_sampler(
+    input: torch.Tensor,
+    grid: torch.Tensor,
+    interpolation_mode: int,
+    padding_mode: int,
+    align_corners: bool,
+) -> torch.Tensor:
+    """One gather for each neighbour of the points; grid holds x, y(, z) on its last axis."""
+    sizes = input.shape[2:]
+    taps = [
+        _axis_taps(grid[..., k], n, interpolation_mode, padding_mode, align_corners)
+        for k, n in enumerate(reversed(sizes))
+    ]
+    image = torch.flatten(input, 2)
+    total: Any = None
+    for corner in itertools.product(*taps):
+        inside = [(p >= 0) & (p <= n - 1) for (p, _), n in zip(corner, reversed(sizes), strict=True)]
+        index: Any = 0
+        for (place, _), n in reversed(list(zip(corner, reversed(sizes), strict=True))):
+            index = index * n + torch.clamp(place, 0, n - 1).to(torch.int64)
+        weight = functools.reduce(lambda a, b: a * b, [w for _, w in corner])
+        places = torch.flatten(index, 1).unsqueeze(1).expand(-1, image.shape[1], -1)
+        value = torch.unflatten(torch.gather(image, 2, places), 2, tuple(grid.shape[1:-1]))
+        value = value * weight.unsqueeze(1) if isinstance(weight, torch.Tensor) else value
+        valid = functools.reduce(lambda a, b: a & b, inside).unsqueeze(1)
+        term = torch.where(valid, value, 0.0)
+        total = term if total is None else total + term
+    return total
