@@ -1,6 +1,7 @@
 """``python -m benchmarks``: run, check and show all workloads and rivals."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from benchmarks import plot, report
 from benchmarks.cold import measure_cold
+from benchmarks.load import BUSY, watch_others
 from benchmarks.rivals import OURS, RIVALS, Rival
 from benchmarks.worker import Job, run_job
 from benchmarks.workloads import WORKLOADS, Workload
@@ -59,27 +61,28 @@ def selected(arguments: argparse.Namespace) -> tuple[list[Workload], list[Rival]
     return workloads, [r for r in RIVALS if r.default]
 
 
-def run_all(arguments: argparse.Namespace) -> list[report.Run]:
-    """Measure what was asked for, under a progress bar that counts workloads."""
+def run_all(arguments: argparse.Namespace) -> tuple[list[report.Run], float]:
+    """Measure what was asked for, and the share of all cores that others used meanwhile."""
     workloads, rivals = selected(arguments)
     names = tuple(rival.name for rival in rivals)
     budget = arguments.seconds or (0.5 if arguments.quick else 3.0)
     runs = []
+    share_of_others = watch_others()
     with tqdm(workloads, unit="workload", dynamic_ncols=True) as bar:
         for workload in bar:
             bar.set_description(workload.name)
             job = Job(workload.name, names, arguments.device, budget, arguments.memory)
             results = run_job(job, lambda stage, rival: bar.set_postfix_str(f"{rival}: {stage}"))
             runs.append(report.Run(workload, results))
-    return runs
+    return runs, share_of_others()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, print, write; 1 if our own result failed or was wrong on a workload, else 0."""
     arguments = parse(argv)
     given = sys.argv[1:] if argv is None else argv
-    command = " ".join(["python -m benchmarks", *given])
-    runs = [] if arguments.cold else run_all(arguments)
+    command = shlex.join(["python", "-m", "benchmarks", *given])
+    runs, others = ([], 0.0) if arguments.cold else run_all(arguments)
     cold = {} if arguments.quick else measure_cold(processes=5)
 
     console = Console()
@@ -89,6 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = facts.get("gpu", facts["processor"])
     title = f"{where}, {facts['torch_threads']} threads, PyTorch {torch.__version__}, float32"
     console.print(f"{title}\n")
+    if others > BUSY:
+        console.print(
+            f"[red]Others used {others:.0%} of the processors; times may be far off.[/red]"
+        )
     arguments.out.mkdir(parents=True, exist_ok=True)
     if runs:
         report.print_times(console, runs)
@@ -97,9 +104,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if cold:
         report.print_cold(console, cold)
     report.write_json(
-        arguments.out / f"{arguments.device}.json", runs, cold, command, arguments.device
+        arguments.out / f"{arguments.device}.json",
+        runs,
+        cold,
+        command=command,
+        device=arguments.device,
+        others=others,
     )
-    console.print(f"Written to {arguments.out}: {arguments.device}.json, {arguments.device}.png")
+    console.print(f"Written to {arguments.out}")
     ours = [r for run in runs for r in run.results if r.rival == OURS]
     return 0 if all(r.failure is None and r.correct for r in ours) else 1
 

@@ -61,6 +61,8 @@ def draw(path: Path, runs: Sequence[Run], title: str) -> None:
         axes.spines[side].set_visible(False)
     figure.legend(loc="outside lower center", ncols=min(4, len(names)), frameon=False)
     axes.set_title(title, loc="left", fontsize=9, color="0.3")
+    heading = "best rival\n÷ fxhess"
+    axes.annotate(heading, (1.01, 1.0), xycoords="axes fraction", fontsize=8, color="0.3")
     figure.savefig(path, dpi=160)
     plt.close(figure)
 

@@ -104,7 +104,13 @@ def commit() -> str | None:
 
 
 def write_json(
-    path: Path, runs: Sequence[Run], cold: Mapping[str, list[float]], command: str, device: str
+    path: Path,
+    runs: Sequence[Run],
+    cold: Mapping[str, list[float]],
+    *,
+    command: str,
+    device: str,
+    others: float,
 ) -> None:
     """Everything measured, in seconds and bytes."""
     document = {
@@ -113,6 +119,7 @@ def write_json(
         "commit": commit(),
         "machine": machine(device),
         "versions": versions(),
+        "share_of_processors_used_by_others": round(others, 3),
         "method": {
             "times": "seconds a batch; interleaved rounds in one process, fresh data each round",
             "error": f"of the largest entry, against float64 double backward one sample at a time, "

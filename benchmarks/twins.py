@@ -90,7 +90,9 @@ def pairwise_energy(model: nn.Module) -> Twin:
 
     def f(p: Params, x: Array) -> Array:
         difference = x[p["first"]] - x[p["second"]]
-        distance = jnp.sqrt(jnp.square(difference).sum(-1, keepdims=True))
+        # Not sqrt(sum(square)): jaxlib 0.10.2 compiles the Hessian of that wrongly on the CPU, from
+        # sample 24 of a batch of 32 or more.
+        distance = jnp.linalg.norm(difference, axis=-1, keepdims=True)
         return net(p, distance).sum()
 
     return f
