@@ -60,7 +60,7 @@ def hessian(model: Model, x: torch.Tensor, event_ndim: int = 1) -> torch.Tensor:
 
 def _hessian_of(y: torch.Tensor, point: torch.Tensor) -> torch.Tensor:
     n = point.numel()
-    zeros = point.new_zeros(n, n).reshape(*point.shape, *point.shape)
+    zeros = point.new_zeros((*point.shape, *point.shape))
     if not y.requires_grad:
         return zeros
     (gradient,) = torch.autograd.grad(y, point, create_graph=True, allow_unused=True)
@@ -70,7 +70,7 @@ def _hessian_of(y: torch.Tensor, point: torch.Tensor) -> torch.Tensor:
     for entry in gradient.reshape(-1):
         (row,) = torch.autograd.grad(entry, point, retain_graph=True, allow_unused=True)
         rows.append(torch.zeros_like(point) if row is None else row)
-    return torch.stack(rows).reshape(*point.shape, *point.shape).detach()
+    return torch.stack(rows).reshape((*point.shape, *point.shape)).detach()
 
 
 def differences(
