@@ -1,0 +1,94 @@
+"""Every rule, on the samples of tests/samples: data drives one test."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from fxhess import registry
+from fxhess.capture import as_module, capture
+from fxhess.kinds import Composite
+from fxhess.testing import Sample, check_sample
+
+FILES = sorted((Path(__file__).parent / "samples").glob("[!_]*.py"))
+
+# Rules that no sample can use, each with its reason.
+WITHOUT_SAMPLE: dict[str, str] = {}
+
+
+def _samples(path: Path) -> list[Sample]:
+    spec = importlib.util.spec_from_file_location(f"samples_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.SAMPLES
+
+
+TABLE = [(path.stem, sample) for path in FILES for sample in _samples(path)]
+
+
+def _identifier(family: str, sample: Sample) -> str:
+    return f"{family}-{re.sub('[^A-Za-z0-9_.=,+-]+', '_', sample.name)}"
+
+
+@pytest.mark.parametrize("sample", [pytest.param(s, id=_identifier(f, s)) for f, s in TABLE])
+def test_sample(sample):
+    check_sample(sample, seed=1)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_names_of_samples_are_unique(path):
+    names = [s.name for family, s in TABLE if family == path.stem]
+    assert names and len(names) == len(set(names))
+
+
+def _used_by(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> set[object]:
+    """The operators in a sample's captured graph, and those rewritten on the way there."""
+    used: set[object] = set()
+
+    def recorded(op, rewrite):
+        def record(*args, **kwargs):
+            used.add(op)
+            return rewrite(*args, **kwargs)
+
+        return record
+
+    table = {op: recorded(op, rewrite) for op, rewrite in registry.decompositions().items()}
+    monkeypatch.setattr(registry, "decompositions", lambda: table)
+    graph = capture(as_module(sample.function), sample.draw(0), 1).graph_module.graph
+    monkeypatch.undo()
+    return used | {node.target for node in graph.nodes if node.op == "call_function"}
+
+
+def test_every_rule_has_a_sample(monkeypatch):
+    used: set[object] = set()
+    for _, sample in TABLE:
+        used |= _used_by(sample, monkeypatch)
+    names = {str(rule.op) for rule in registry.rules() if rule.op not in used}
+    missing = sorted(names - set(WITHOUT_SAMPLE))
+    assert not missing, f"{len(missing)} rules without a sample: {', '.join(missing)}"
+    needless = sorted(set(WITHOUT_SAMPLE) - names)
+    assert not needless, f"these have a sample, or no rule: {', '.join(needless)}"
+
+
+@pytest.mark.parametrize("rule", list(registry.rules()), ids=lambda rule: str(rule.op))
+def test_a_rule_fits_its_operator(rule):
+    """What a rule names is in the operator's schema."""
+    arguments = {a.name: str(a.type) for a in rule.op._schema.arguments}
+    named = [*rule.differentiable, *getattr(rule.axes, "aligned", ())]
+    named += [n for n in (getattr(rule.axes, "dim", ""), getattr(rule.axes, "of", "")) if n]
+    if not isinstance(rule.kind, Composite):
+        assert set(named) <= set(arguments)
+    for name in rule.differentiable:
+        assert "Tensor" in arguments[name]
+    if rule.output is not None:
+        assert 0 <= rule.output < len(rule.op._schema.returns)
+
+
+def test_samples_draw_float64():
+    assert all(s.draw(0).dtype == torch.float64 for _, s in TABLE)
+    assert all(s.draw(0).shape == (s.batch, *s.event) for _, s in TABLE)
