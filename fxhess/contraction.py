@@ -60,7 +60,7 @@ def contract(
     over even where no factor varies along them.  ``batch_size`` gives the size of a symbolic
     label as a value of the graph.
     """
-    scale = 1.0
+    scale: float = 1  # an integer, so that integers stay integers
     operands: list[_Operand] = []
     for value, labels in factors:
         if isinstance(value, Var):
@@ -92,7 +92,7 @@ def contract(
 
 
 def _scaled(operands: list[_Operand], scale: float) -> list[_Operand]:
-    if scale == 1.0:
+    if scale == 1:
         return operands
     at = min(range(len(operands)), key=lambda i: operands[i].var.val.numel())
     smallest = operands[at]
@@ -306,7 +306,11 @@ def evaluate(
         for label, size in zip(labels, operand.shape, strict=True):
             full[label] = max(full.get(label, 1), size) if size else 0
     for labels, operand in zip(inputs, operands, strict=True):
-        keep = [i for i, a in enumerate(labels) if operand.shape[i] != 1 or full[a] == 1]
+        keep = [
+            i
+            for i, a in enumerate(labels)
+            if operand.shape[i] != 1 or (full[a] == 1 and a in output)
+        ]
         terms.append(
             "".join(letters.setdefault(labels[i], opt_einsum.get_symbol(len(letters))) for i in keep)
         )
@@ -316,7 +320,9 @@ def evaluate(
     squeezed = [t.to(dtype) for t in squeezed]
     known = [a for a in output if a in letters]
     equation = ",".join(terms) + "->" + "".join(letters[a] for a in known)
-    result = torch.einsum(equation, *squeezed) * scale
+    result = torch.einsum(equation, *squeezed)
+    if not isinstance(scale, (int, float)) or scale != 1:  # a bool stays a bool
+        result = result * scale
     for i, label in enumerate(output):
         if label not in letters:
             result = result.unsqueeze(i)

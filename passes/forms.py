@@ -246,8 +246,8 @@ class Forms:
         event = self.canonical.event(node)
         given = [t for t in tangents if t is not None]
         filled = [
-            t if t is not None else self._zero_like(given[0], operand)
-            for t, operand in zip(tangents, known.operands, strict=True)
+            t if t is not None else self._zero_like(given[0], operand, len(axes))
+            for t, operand, axes in zip(tangents, known.operands, known.axes, strict=True)
         ]
         ready = self._unmixed(filled, known.axes)
         call = self.call(node)
@@ -273,13 +273,13 @@ class Forms:
         self._check_rank(node, core, lead + len(event))
         return Structured(core, tuple(ties), ready[0].basis, event)
 
-    def _zero_like(self, t: Structured, operand: fx.Node) -> Structured:
-        event = (
-            self.canonical.event(operand)
-            if fact(operand) is not None
-            else tuple(operand.meta["val"].shape)
-        )
-        return Structured(0.0, t.ties if len(t.ties) == len(event) else (), t.basis, event)
+    def _zero_like(self, t: Structured, operand: fx.Node, rank: int) -> Structured:
+        """The zero tangent of an operand of so many event axes, tied as ``t`` is.  A constant may
+        have fewer axes (they broadcast), or batch axes too."""
+        shape = (1,) * rank + tuple(operand.meta["val"].shape)
+        event = tuple(int(n) for n in shape[len(shape) - rank :])
+        ties = t.ties if len(t.ties) == rank else (None,) * rank
+        return Structured(0.0, ties, t.basis, event)
 
     def _unmixed(
         self, items: Sequence[Structured], axes: Sequence[Sequence[int | None]]
