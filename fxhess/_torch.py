@@ -16,7 +16,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 
 try:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -177,6 +177,29 @@ def nodes_since(before: fx.Node | None) -> Iterator[fx.Node]:
         yield node
 
 
+_RENAMING = frozenset({"alias", "clone", "detach", "expand", "unsqueeze", "view", "_unsafe_view"})
+
+
+def is_counting(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor``, in a trace, is ``torch.arange(n)``, possibly with further axes along
+    which it is the same."""
+    mode = get_proxy_mode()
+    slot = None if mode is None else get_proxy_slot(tensor, mode.tracer, None)
+    if slot is None:
+        return False
+    node: Any = slot.proxy.node
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        name, _, overload = str(node.target).removeprefix("aten.").partition(".")
+        if name == "arange":
+            start = 0 if overload == "default" else node.args[0]
+            step = node.args[2] if overload == "start_step" and len(node.args) > 2 else 1
+            return start == 0 and step == 1
+        if name not in _RENAMING:
+            return False
+        node = node.args[0]
+    return False
+
+
 @contextlib.contextmanager
 def plain_attention() -> Any:
     """Inside, attention is traced in its mathematical form, which has second derivatives."""
@@ -187,3 +210,34 @@ def plain_attention() -> Any:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+def transforming() -> bool:
+    """Whether a functional transform (``torch.func.vmap``, ``grad``, ..) is under way."""
+    try:
+        return torch._C._functorch.peek_interpreter_stack() is not None
+    except AttributeError:  # pragma: no cover - a PyTorch that moved it: take the plain path
+        return True
+
+
+def _find_onednn_linear() -> Callable[..., torch.Tensor] | None:
+    if not torch.backends.mkldnn.is_available():
+        return None
+    try:
+        op = torch.ops.mkldnn._linear_pointwise
+        one = torch.ones(2, 2)
+        op(one, one, None, "none", [], "")
+    except (AttributeError, RuntimeError):
+        return None
+    return lambda rows, weight: op(rows, weight, None, "none", [], "")
+
+
+_onednn_linear = _find_onednn_linear()
+
+
+def onednn_linear(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``rows @ weight.T`` by oneDNN for float32 on CPUs, otherwise by ``F.linear``.  Has no
+    derivative formula."""
+    if _onednn_linear is not None and rows.device.type == "cpu":
+        return _onednn_linear(rows, weight)
+    return torch.nn.functional.linear(rows, weight)

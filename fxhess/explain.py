@@ -81,7 +81,7 @@ class Explanation:
         rates = cost.rates_for(x.device)
         return cls(
             tuple(x.shape), options.outputs, program.summed, program.vector, tuple(program.bases),
-            rows, contractions, len(nodes), sum(map(cost.flops, nodes)), _peak(nodes),
+            rows, contractions, len(nodes), sum(map(cost.flops, nodes)), cost.peak_bytes(nodes),
             cost.total(nodes, rates), tuple(notes),
         )  # fmt: skip
 
@@ -111,28 +111,6 @@ class Explanation:
         return "\n".join(lines)
 
     __repr__ = __str__
-
-
-def _peak(nodes: Sequence[torch.fx.Node]) -> int:
-    """Bytes alive at once, if each value dies after its last use."""
-    last: dict[torch.fx.Node, int] = {}
-    for i, node in enumerate(nodes):
-        for operand in node.all_input_nodes:
-            last[operand] = i
-    alive = peak = 0
-    sizes: dict[torch.fx.Node, int] = {}
-    for i, node in enumerate(nodes):
-        value = node.meta.get(VAL)
-        own = 0
-        if isinstance(value, torch.Tensor) and cost.flops(node):
-            own = value.numel() * value.element_size()
-        sizes[node] = own
-        alive += own
-        peak = max(peak, alive)
-        for operand in node.all_input_nodes:
-            if last.get(operand) == i:
-                alive -= sizes.pop(operand, 0)
-    return peak
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import networkx as nx
+import torch
 from torch import fx
 
 from fxhess.emit import VAL
@@ -47,7 +48,8 @@ class Canonical:
     """A canonical graph: placeholders x and the sources, and one output node.
 
     ``batch_ndim`` counts the batch axes; ``summed`` tells that the model returns the plain sum
-    over the batch of separate terms; ``vector`` that it returns ``[*batch, m]``.
+    over the batch of separate terms; ``vector`` that it returns ``[*batch, m]``; ``device`` is where
+    it runs.
     """
 
     graph: fx.Graph
@@ -56,6 +58,7 @@ class Canonical:
     batch_ndim: int
     summed: bool
     vector: bool
+    device: torch.device
 
     def event(self, node: fx.Node) -> tuple[int, ...]:
         """Shape of one sample of the value."""

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxhess import _torch
 from fxhess.cache import programs
 from fxhess.capture import Captured, Source, as_module, capture
 from fxhess.errors import CaptureError, InputError
+from fxhess.execute import run_whole
 from fxhess.explain import Explanation
 from fxhess.pipeline import Options, Program, compile_captured, key_of
 from fxhess.verify import Verification, verify
@@ -95,21 +97,36 @@ class HessianModule(nn.Module):
             if tensor.shape != spec[0] or tensor.dtype != spec[1] or tensor.device != spec[2]:
                 self._bindings.clear()  # the model was changed: trace it again
                 return self.forward(x, out=out)
+        program = binding.program
         if out is not None:
-            return self._write(binding, x, tensors, out)
-        result = binding.program.graph_module(x, *tensors)
-        if isinstance(self.outputs, str):
-            return result
-        if len(self.outputs) == 1:
-            result = (result,)
-        return result_type(self.outputs)(*result)
+            self._check_out(binding, x, out)
+            with torch.no_grad():
+                execution = program.execution
+                if execution is None:
+                    return out.copy_(program.graph_module(x, *tensors))
+                return execution(x, tensors, program.batch_ndim, [out])[0]
+        if self._plain_run(program, x, tensors):
+            execution = program.execution
+            assert execution is not None
+            results = execution(x, tensors, program.batch_ndim)
+        else:
+            results = run_whole(program.graph_module, x, tensors)
+        return results[0] if isinstance(self.outputs, str) else result_type(self.outputs)(*results)
 
-    def _write(
-        self, binding: Binding, x: torch.Tensor, tensors: list[torch.Tensor], out: torch.Tensor
-    ) -> torch.Tensor:
-        self._check_out(binding, x, out)
-        with torch.no_grad():
-            return out.copy_(binding.program.graph_module(x, *tensors))
+    @staticmethod
+    def _plain_run(program: Program, x: torch.Tensor, tensors: list[torch.Tensor]) -> bool:
+        """Whether nothing but numbers is wanted (no gradient, no tracing, no functional
+        transform) and there is enough work for the faster way of running."""
+        if torch.compiler.is_compiling() or type(x) not in (torch.Tensor, nn.Parameter):
+            return False
+        if torch.is_grad_enabled() and (
+            x.requires_grad or any(t.requires_grad for t in tensors)
+        ):
+            return False
+        execution = program.execution
+        if execution is None or not execution.worthwhile(x, program.batch_ndim):
+            return False
+        return not _torch.transforming()
 
     def _check_out(self, binding: Binding, x: torch.Tensor, out: torch.Tensor) -> None:
         if len(self.options.outputs) != 1:

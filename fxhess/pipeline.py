@@ -9,6 +9,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import fx
 import fxhess.rules  # noqa: F401  (fills the registry)
 from fxhess.capture import Captured
 from fxhess.errors import Origin
+from fxhess.execute import Execution
 from fxhess.passes.activity import mark_activity
 from fxhess.passes.canonicalize import canonicalize
 from fxhess.passes.check import check_canonical, check_graph
@@ -50,7 +52,13 @@ class Program:
     vector: bool
     bases: list[str]
     estimate: float
+    batch_ndim: int
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def execution(self) -> Execution | None:
+        """The program split for running without autograd, or None where it cannot be."""
+        return Execution.of(self.graph_module, self.batch_ndim, self.summed)
 
 
 def key_of(captured: Captured, x: torch.Tensor, options: Options) -> str:
@@ -96,7 +104,7 @@ def compile_captured(captured: Captured, x: torch.Tensor, options: Options) -> P
     check_canonical(canonical, "mark_activity")
     clock.mark("activity")
     want_hessian = "hessian" in options.outputs
-    plan = make_plan(canonical, x.device, options.strategy if want_hessian else "close")
+    plan = make_plan(canonical, options.strategy if want_hessian else "close")
     clock.mark("plan")
     derivative = differentiate(canonical, plan.bases, options.outputs)
     check_graph(derivative.graph, "differentiate")
@@ -122,6 +130,7 @@ def compile_captured(captured: Captured, x: torch.Tensor, options: Options) -> P
         canonical.vector,
         [n.name for n in plan.bases],
         plan.estimate,
+        captured.batch_ndim,
         clock.marks,
     )
 

@@ -68,11 +68,13 @@ class Algebra:
         batch_ndim: int,
         like: Var,
         batch_size: Callable[[int], Var],
+        device: torch.device,
     ) -> None:
         self.emitter = emitter
         self.nb = batch_ndim
         self.like = like
         self.batch_size = batch_size
+        self.device = device
 
     def identity(self, event: tuple[int, ...]) -> Structured:
         """The derivative of a value along itself."""
@@ -87,12 +89,12 @@ class Algebra:
         return self.full([1] * rank, s.core)
 
     def full(self, sizes: Sequence[int], value: float) -> Var:
-        like = self.like
-        return self.emitter.call(torch.Tensor.new_full, like, tuple(sizes), value)
+        return self.emitter.call(
+            torch.full, tuple(sizes), value, dtype=self.like.dtype, device=self.device
+        )
 
     def eye(self, n: int) -> Var:
-        ones = self.emitter.call(torch.Tensor.new_ones, self.like, (n,))
-        return torch.diag(ones)  # type: ignore[return-value]
+        return self.emitter.call(torch.eye, n, dtype=self.like.dtype, device=self.device)
 
     def untie(self, s: Structured, axes: Sequence[int]) -> Structured:
         """Give the basis axes tied to these event axes an axis of their own in the core."""

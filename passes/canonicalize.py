@@ -80,7 +80,7 @@ class _Walk:
         for node in nodes:
             if node in needed and node.op == "call_function":
                 self.values[node] = self._step(node)
-        return self._leave(self.values[self.captured.output])
+        return self._leave(self.values[self.captured.output], x.device)
 
     def _enter_x(self, node: fx.Node, x: torch.Tensor) -> None:
         nb = self.captured.batch_ndim
@@ -136,7 +136,7 @@ class _Walk:
             )
         return var
 
-    def _leave(self, result: Any) -> Canonical:
+    def _leave(self, result: Any, device: torch.device) -> Canonical:
         """The model's output as ``[*batch]`` or ``[*batch, m]``."""
         nb = self.captured.batch_ndim
         shape = tuple(self.captured.output.meta["val"].shape)
@@ -172,7 +172,8 @@ class _Walk:
         if node.meta.get(FACT) is None:
             node.meta[FACT] = Fact(kinds.Zero())
         return Canonical(
-            self.emitter.graph, self.layouts.x.node, node, nb, bool(result.summed), vector  # type: ignore[union-attr]
+            self.emitter.graph, self.layouts.x.node, node, nb, bool(result.summed), vector,  # type: ignore[union-attr]
+            device,
         )
 
     def _constant(self, raw: Raw) -> Laid:

@@ -95,7 +95,9 @@ class _Differentiation:
     def prepare(self, outputs: Sequence[str]) -> None:
         """Values, and the adjoints if some output needs them."""
         self._primal()
-        self.algebra = Algebra(self.emitter, self.nb, self.x, self.batch_size)
+        self.algebra = Algebra(
+            self.emitter, self.nb, self.x, self.batch_size, self.canonical.device
+        )
         self.forms = Forms(self.canonical, self.algebra, self.values)
         self.path = self._path()
         if "gradient" in outputs or "hessian" in outputs:

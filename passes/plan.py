@@ -14,7 +14,6 @@ import math
 from dataclasses import dataclass, field
 
 import networkx as nx
-import torch
 from torch import fx
 
 from fxhess.cost import Rates, rates_for, total
@@ -36,7 +35,7 @@ class Plan:
     alternatives: dict[str, float] = field(default_factory=dict)
 
 
-def plan(canonical: Canonical, device: torch.device, strategy: str = "auto") -> Plan:
+def plan(canonical: Canonical, strategy: str = "auto") -> Plan:
     """Choose the bases.
 
     ``strategy``: "auto" by cost; "close" uses none, "rebase" every candidate.
@@ -53,7 +52,7 @@ def plan(canonical: Canonical, device: torch.device, strategy: str = "auto") -> 
         return Plan()
     if strategy == "rebase":
         return Plan(places)
-    return _cheapest(Sketch(canonical), places, rates_for(device))
+    return _cheapest(Sketch(canonical), places, rates_for(canonical.device))
 
 
 def candidates(canonical: Canonical) -> list[fx.Node]:

@@ -1,0 +1,44 @@
+"""Hoisting: what depends on parameters alone is computed once a call, not once a tile.
+
+*Needs* a lowered graph with placeholders x, then the model's tensors.  *Gives* two graphs of the
+same program: a prologue over the tensors, and a body over x and whatever it needs of them::
+
+    f(x, W): a = W * W;  return x @ a      ==>      prologue(W): return W * W
+                                                    body(x, a): return x @ a
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+
+def hoist(graph: fx.Graph) -> tuple[fx.Graph, fx.Graph]:
+    """Split ``graph`` into (prologue, body); see the module's docstring."""
+    nodes = list(graph.nodes)
+    x = nodes[0]
+    depends = {x}
+    for node in nodes:
+        if any(operand in depends for operand in node.all_input_nodes):
+            depends.add(node)
+    crossing = [
+        node
+        for node in nodes
+        if node not in depends
+        and node.op != "output"
+        and any(user in depends or user.op == "output" for user in node.users)
+    ]
+    prologue = fx.Graph()
+    early: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        if node not in depends and node.op != "output":
+            early[node] = prologue.node_copy(node, early.__getitem__)
+    prologue.output(tuple(early[node] for node in crossing))
+    body = fx.Graph()
+    late = {x: body.node_copy(x)}
+    for node in crossing:
+        late[node] = body.placeholder(node.name)
+        late[node].meta = dict(node.meta)
+    for node in nodes:
+        if node is not x and (node in depends or node.op == "output"):
+            late[node] = body.node_copy(node, late.__getitem__)
+    return prologue, body
