@@ -35,13 +35,25 @@ except ImportError:  # pragma: no cover - a future PyTorch that moved them
 class Traced:
     """A functional graph with placeholders x, then the tensors in the order given.
 
-    ``symbols``: the sympy symbol (or int, where tracing had to specialize) of each batch axis;
-    ``guards``: sympy conditions on these symbols under which the graph holds.
+    ``symbols``: the sympy symbol of each batch axis; ``sizes``: the same, or the number that
+    tracing had to specialize it to; ``guards``: sympy conditions on the symbols under which the
+    graph holds.
     """
 
     graph_module: fx.GraphModule
     symbols: tuple[Any, ...]
+    sizes: tuple[Any, ...]
     guards: tuple[Any, ...]
+
+    def holds(self, shape: Sequence[int]) -> bool:
+        """Whether the graph holds for an x of this shape."""
+        return conditions_hold(self.symbols, self.guards, shape)
+
+
+def conditions_hold(symbols: Sequence[Any], guards: Sequence[Any], shape: Sequence[int]) -> bool:
+    """Whether conditions on batch symbols hold for the leading sizes of ``shape``."""
+    sizes = dict(zip(symbols, shape, strict=False))
+    return all(bool(guard.subs(sizes)) for guard in guards)
 
 
 def trace(
@@ -70,6 +82,7 @@ def _trace_fake(
     context = StatelessSymbolicContext(dynamic_sizes=sizes)
     with mode:
         fake_x = mode.from_tensor(x, symbolic_context=context)
+        symbols = tuple(_expression(fake_x.shape[i]) for i in range(batch_ndim))
         # One fake for one tensor: tied weights stay tied.
         fakes: dict[int, torch.Tensor] = {}
         for t in tensors:
@@ -84,11 +97,8 @@ def _trace_fake(
             record_stack_traces=True,
             _allow_non_fake_inputs=True,
         )(fake_x, *(fakes[id(t)] for t in tensors))
-    symbols = tuple(_expression(fake_x.shape[i]) for i in range(batch_ndim))
-    replaced = tuple(env.replace(s) if isinstance(s, sympy.Basic) else s for s in symbols)
-    guards = tuple(g.expr for g in env.guards)
-    symbols = tuple(int(r) if r.is_number else s for s, r in zip(symbols, replaced, strict=True))
-    return Traced(graph_module, symbols, guards)
+    replaced = tuple(env.replace(s) for s in symbols)
+    return Traced(graph_module, symbols, replaced, tuple(g.expr for g in env.guards))
 
 
 def writes_in_place(graph: fx.Graph) -> bool:
@@ -150,7 +160,7 @@ def trace_by_export(
             node.args = (node.args[0][0],)
     fake_x = next(iter(graph_module.graph.nodes)).meta["val"]
     symbols = tuple(_expression(fake_x.shape[i]) for i in range(batch_ndim))
-    return Traced(graph_module, symbols, ())
+    return Traced(graph_module, symbols, symbols, ())
 
 
 def _expression(size: Any) -> Any:

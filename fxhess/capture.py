@@ -53,12 +53,14 @@ class Source:
 
 @dataclass
 class Captured:
-    """A functional ATen graph: placeholders are x, then one for each source."""
+    """A functional ATen graph: placeholders are x, then one for each source.  ``symbols``,
+    ``sizes`` and ``guards`` of the batch axes are those of :class:`fxhess._torch.Traced`."""
 
     graph_module: fx.GraphModule
     sources: list[Source]
     batch_ndim: int
     symbols: tuple[Any, ...]
+    sizes: tuple[Any, ...]
     guards: tuple[Any, ...]
     output: fx.Node = field(init=False)
 
@@ -182,15 +184,22 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int) -> Captured:
                 model, dict(zip(names, tensors, strict=True)), (x,), tie_weights=False
             )
 
-    example = _example(x.detach(), batch_ndim)
+    tensors = [t.detach() for t in named.values()]
     with _capturing, _torch.plain_attention(), torch.enable_grad():
-        try:
-            tensors = [t.detach() for t in named.values()]
-            traced = _torch.trace(function, example, batch_ndim, tensors, decompositions())
-        except FxhessError:
-            raise
-        except Exception as error:
-            raise _capture_error(error) from error
+        traced, failure = None, None
+        for example in _examples(x, batch_ndim):
+            try:
+                found = _torch.trace(function, example, batch_ndim, tensors, decompositions())
+            except FxhessError:
+                raise
+            except Exception as error:
+                failure = error
+                continue
+            if found.holds(x.shape):
+                traced = found
+                break
+        if traced is None:
+            raise _capture_error(failure, x) from failure
         graph_module = traced.graph_module
         graph = graph_module.graph
         placeholders = [n for n in graph.nodes if n.op == "placeholder"]
@@ -200,13 +209,23 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int) -> Captured:
         _lift_constants(graph_module, model, placeholders[-1], sources)
         if _torch.writes_in_place(graph):
             graph_module = _torch.functional(graph_module, decompositions(), (ORIGIN,))
-    return Captured(graph_module, sources, batch_ndim, traced.symbols, traced.guards)
+    return Captured(
+        graph_module, sources, batch_ndim, traced.symbols, traced.sizes, traced.guards
+    )
 
 
-def _example(x: torch.Tensor, batch_ndim: int) -> torch.Tensor:
-    """x with batch axes of size at least 2: sizes 0 and 1 cannot be traced symbolically."""
-    sizes = [max(2, s) if i < batch_ndim else s for i, s in enumerate(x.shape)]
-    return x if list(x.shape) == sizes else x.new_zeros(sizes)
+# Batch sizes to trace with: they coincide with no other size of a model, so that no condition on
+# the batch size is recorded by accident.
+_UNLIKELY = (1009, 1013, 1019, 1021, 1031, 1033, 1039, 1049)
+
+
+def _examples(x: torch.Tensor, batch_ndim: int) -> Iterator[torch.Tensor]:
+    """Stand-ins for x to trace with (their memory is never touched): of unlikely batch sizes,
+    and, for models that were written for one batch size, of x's own."""
+    event = x.shape[batch_ndim:]
+    if batch_ndim:
+        yield x.new_empty((*_UNLIKELY[:batch_ndim], *event))
+    yield x.new_empty((*(max(2, n) for n in x.shape[:batch_ndim]), *event))
 
 
 @contextmanager
@@ -300,7 +319,13 @@ def _tensor_paths(model: nn.Module) -> dict[int, tuple[str, ...]]:
     return found
 
 
-def _capture_error(error: Exception) -> CaptureError:
+def _capture_error(error: Exception | None, x: torch.Tensor) -> CaptureError:
+    if error is None:
+        return CaptureError(
+            f"the model behaves differently for a batch like that of x, {list(x.shape)}, than for"
+            " every larger one, so it cannot be traced for it",
+            hint="call with at least two samples",
+        )
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if not f.filename.startswith((_TORCH, _OWN, "<string>"))]
     where = f"{own[-1].filename}:{own[-1].lineno}: {own[-1].line}" if own else ""

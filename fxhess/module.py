@@ -44,13 +44,7 @@ class Binding:
 
     def holds(self, x: torch.Tensor) -> bool:
         """Whether the batch sizes are among those that the model was traced for."""
-        sizes = [
-            (s, n) for s, n in zip(self.symbols, x.shape, strict=False) if not isinstance(s, int)
-        ]
-        fixed = all(
-            n == s for s, n in zip(self.symbols, x.shape, strict=False) if isinstance(s, int)
-        )
-        return fixed and all(bool(g.subs(sizes)) for g in self.guards)
+        return _torch.conditions_hold(self.symbols, self.guards, x.shape)
 
 
 class HessianModule(nn.Module):
@@ -164,8 +158,7 @@ class HessianModule(nn.Module):
     def _find(self, x: torch.Tensor) -> Binding | None:
         for binding in self._bindings.get(self._key(x), ()):
             if binding.generation == programs.generation and (
-                not (binding.guards or any(isinstance(s, int) for s in binding.symbols))
-                or binding.holds(x)
+                not binding.guards or binding.holds(x)
             ):
                 return binding
         return None

@@ -50,7 +50,7 @@ def canonicalize(captured: Captured, x: torch.Tensor) -> Canonical:
         CaptureError: the model does not return a scalar or vector per sample.
     """
     emitter = Emitter()
-    layouts = Layouts(emitter, captured.symbols)
+    layouts = Layouts(emitter, captured.sizes)
     walk = _Walk(captured, emitter, layouts)
     return walk.run(x)
 
@@ -102,6 +102,8 @@ class _Walk:
                 return args[0][args[1]]
             if node.target is torch.ops.aten.sym_size.int and isinstance(args[0], Laid):
                 return self.layouts.size_of(args[0].groups[args[1]])
+            if node.target is torch.ops.aten.sym_numel.default and isinstance(args[0], Laid):
+                return self.layouts.size_of(tuple(a for group in args[0].groups for a in group))
             if not _holds_laid((args, kwargs)):
                 return self._copy(node, args, kwargs)
             rule = find(node.target)
@@ -185,7 +187,7 @@ class _Walk:
             return Laid(var, (), frozenset(range(nb)))
         groups = []
         for i, size in enumerate(sizes):
-            if i < nb and size == self.captured.symbols[i]:
+            if i < nb and size == self.captured.sizes[i]:
                 groups.append((Atom(0, i),))
             else:
                 groups.append((Atom(int(size) if size.is_number else -1),))

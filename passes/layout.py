@@ -57,6 +57,11 @@ class Laid:
         return frozenset(a.batch for g in self.groups for a in g if a.batch is not None)
 
 
+def fresh(group: Group) -> Group:
+    """The same axes as new atoms: within one value every event atom is another object."""
+    return tuple(Atom(a.size) if a.batch is None else a for a in group)
+
+
 class Layouts:
     """Writes canonical nodes that only rearrange axes, for the axes signatures to build on."""
 

@@ -29,7 +29,7 @@ from fxhess.kinds import (
     Zero,
 )
 from fxhess.registry import Rule
-from fxhess.passes.layout import Atom, Group, Laid, Layouts
+from fxhess.passes.layout import Atom, Group, Laid, Layouts, fresh
 
 
 @dataclass
@@ -304,7 +304,7 @@ def pointwise(bound: Bound) -> Any:
     if summed and not _is_affine(kind, depends):
         raise layouts.mixing("is nonlinear in a sum over the batch")
     layouts.annotate(var, kind, operands, [tuple(range(len(event)))] * len(operands))
-    groups = tuple(unifier.groups[axis] for axis in range(rank))
+    groups = tuple(fresh(unifier.groups[axis]) for axis in range(rank))
     return Laid(var, groups, summed)
 
 
@@ -392,19 +392,21 @@ def einsum(bound: Bound) -> Any:
         else:
             group = unifier.groups[label]
             event += unifier.event_names([label])
-        output_groups.append(group)
+        output_groups.append(fresh(group))
     batch = [
         f"b{i}" if i in kept else ("sum", i) for i in range(layouts.nb)
     ]
     sizes.update({name: 1 for name in batch if not isinstance(name, str)})
     output = [*batch, *event]
     scale: Any = equation.scale
+    if not bound.result.is_floating_point() and isinstance(scale, float) and scale.is_integer():
+        scale = int(scale)
     if equation.mean:
         inputs_labels = {a for labels in equation.inputs for a in labels if a is not None}
         terms = [unifier.groups[a] for a in inputs_labels if a not in equation.output]
         scale = scale / layouts.size_of(tuple(a for group in terms for a in group))
     groups = tuple(output_groups)
-    if len(vars_) == 1 and inputs[0] == output and isinstance(scale, float) and scale == 1.0:
+    if len(vars_) == 1 and inputs[0] == output and isinstance(scale, (int, float)) and scale == 1:
         return Laid(vars_[0], groups, laid[0].summed)
     if len(vars_) == 1 and any(isinstance(n, tuple) and n[0] == "one" for n in inputs[0]):
         pass  # a squeeze: dropped axes are summed over their one entry
@@ -421,13 +423,13 @@ def mixed(bound: Bound) -> Any:
     layouts, axes = bound.layouts, bound.rule.axes
     assert isinstance(axes, (Along, Trailing))
     tensors = bound.tensors()
-    first_name = tensors[0][0]
+    first_name = axes.of or tensors[0][0]
     aligned = {first_name, *axes.aligned}
     members = [(n, i, v) for n, i, v in tensors if n in aligned]
     for name, index, value in tensors:
         if name in aligned:
             continue
-        if isinstance(value, Laid):
+        if isinstance(value, Laid) and not _is_plain(value, layouts):
             raise UnsupportedOpError(
                 f"argument '{name}' of {bound.rule.op} depends on x, and its rule takes it as"
                 " a constant",
@@ -486,6 +488,14 @@ def mixed(bound: Bound) -> Any:
     return _mixed_results(bound, var, labelled, vars_, event, dims, unifier, restore)
 
 
+def _is_plain(value: Laid, layouts: Layouts) -> bool:
+    """Whether the canonical value is the captured one, with no derivative: an integer index
+    where x is one sample, with no batch axes."""
+    return not layouts.nb and not value.var.dtype.is_floating_point and (
+        all(len(group) == 1 for group in value.groups)
+    )
+
+
 def _mixed_dims(
     axes: Along | Trailing, arguments: Mapping[str, Any], rank: int
 ) -> list[int]:
@@ -540,7 +550,7 @@ def _mixed_results(
         layouts.annotate(
             var, kind, chosen, [own] * len(chosen), args, kwargs, len(dims), bound.rule.op
         )
-        return Laid(var, tuple(groups))
+        return Laid(var, tuple(map(fresh, groups)))
 
     if not isinstance(bound.result, (tuple, list)):
         return finish(var, bound.result, rule.kind)

@@ -18,11 +18,14 @@ from torch import fx
 from fxhess.emit import VAL
 
 
+CALLS = ("call_function", "call_method")
+
+
 def simplify(graph: fx.Graph) -> fx.Graph:
     """Join equal operations and drop unused ones, in place; returns the graph."""
     seen: dict[Hashable, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.op != "call_function" or not is_repeatable(node):
+        if node.op not in CALLS or not is_repeatable(node):
             continue
         key = _key(node)
         if key is None:
@@ -32,7 +35,7 @@ def simplify(graph: fx.Graph) -> fx.Graph:
             node.replace_all_uses_with(known)
             graph.erase_node(node)
     for node in reversed(list(graph.nodes)):
-        if not node.users and node.op == "call_function":
+        if not node.users and node.op in CALLS and not changes_operands(node):
             graph.erase_node(node)
     return graph
 
@@ -40,17 +43,27 @@ def simplify(graph: fx.Graph) -> fx.Graph:
 def is_repeatable(node: fx.Node) -> bool:
     """Whether the operation gives the same result for the same operands, and changes nothing."""
     target: Any = node.target
+    random = isinstance(target, torch._ops.OpOverload) and (
+        torch.Tag.nondeterministic_seeded in target.tags
+    )
+    return not random and not changes_operands(node)
+
+
+def changes_operands(node: fx.Node) -> bool:
+    """Whether the operation writes into an operand."""
+    target: Any = node.target
     if isinstance(target, torch._ops.OpOverload):
-        random = torch.Tag.nondeterministic_seeded in target.tags
-        return not random and not target._schema.is_mutable
-    return True
+        return bool(target._schema.is_mutable)
+    if node.op == "call_method":
+        return str(target).endswith("_") and not str(target).endswith("__")
+    return "out" in node.kwargs
 
 
 def _key(node: fx.Node) -> Hashable | None:
     value = node.meta.get(VAL)
     dtype = value.dtype if isinstance(value, torch.Tensor) else None
     try:
-        key = (node.target, _freeze(node.args), _freeze(node.kwargs), dtype)
+        key = (node.op, node.target, _freeze(node.args), _freeze(node.kwargs), dtype)
         hash(key)
     except TypeError:
         return None
