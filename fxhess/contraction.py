@@ -21,10 +21,6 @@ from fxhess.kinds import Label
 
 Factor: TypeAlias = tuple["Var | float", Sequence[Label]]
 
-# Products of at most this many entries a sample are summed rather than multiplied as matrices:
-# thousands of tiny matrix products cost more than one fused loop.
-TINY_PRODUCT = 16
-
 
 @dataclass(frozen=True)
 class _Operand:
@@ -36,14 +32,6 @@ class _Operand:
     @property
     def present(self) -> tuple[Label, ...]:
         return tuple(a for a in self.labels if a is not None)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One pairwise product of a contraction, for ``explain``: what it is in einsum's letters."""
-
-    equation: str
-    flops: int
 
 
 def contract(
@@ -192,10 +180,8 @@ class _Writer:
         shared = [x for x in both if x in needed]
         only_a = [x for x in a.present if x not in both]
         only_b = [x for x in b.present if x not in both]
-        size = self._sizes(a, b)
-        outer = math.prod(size[x] for x in only_a + only_b)
-        if not only_a or not only_b or (shared and outer <= TINY_PRODUCT):
-            order = [x for x in output if x in a.present or x in b.present] if output else None
+        if not only_a and not only_b:
+            order = [x for x in output if x in a.present] if output else None
             product = self.multiply(a, b, [*order, *summed] if order is not None else None)
             return self.reduce(product, needed)
         return self.matmul(a, b, shared, only_a, only_b, summed, output)
@@ -223,27 +209,32 @@ class _Writer:
         summed: list[Label],
         output: Sequence[Label] | None,
     ) -> _Operand:
-        """A matrix product, flat where nothing is shared: ``[.., rows, k] @ [.., k, columns]``."""
-        if self._prefers_swap(a, b, only_a, only_b, output):
+        """A matrix product, flat where nothing is shared: ``[.., rows, k] @ [.., k, columns]``,
+        or a matrix times a vector where one side has no axis of its own."""
+        if not only_a or (
+            only_b and self._prefers_swap(a, b, only_a, only_b, output)
+        ):
             a, b, only_a, only_b = b, a, only_b, only_a
         size = self._sizes(a, b)
         summed = [x for x in a.present if x in summed]
         only_a = [x for x in a.present if x in only_a]
+        s, k, rows, m = len(shared), len(summed), len(only_a), len(only_b)
+        vector = [None] if s and not m else []
         left = self.arrange(a, [*shared, *only_a, *summed])
-        right = self.arrange(b, [*shared, *summed, *only_b])
-        s, k, m = len(shared), len(summed), len(only_b)
+        right = self.arrange(b, [*shared, *summed, *only_b, *vector])
         if k > 1:
             left = torch.flatten(left, -k, -1)
             right = torch.flatten(right, s, s + k - 1)
         if m > 1:
             right = torch.flatten(right, -m, -1)
-        rows = len(only_a)
         if s and rows > 1:
             left = torch.flatten(left, s, s + rows - 1)
         dtype = torch.promote_types(left.dtype, right.dtype)
         left = left if left.dtype == dtype else left.to(dtype)
         right = right if right.dtype == dtype else right.to(dtype)
         result = torch.matmul(left, right)
+        if vector:
+            result = result[(..., 0)]
         if m > 1:
             result = torch.unflatten(result, -1, self._lengths(only_b, size))
         if s and rows > 1:
