@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from fxhess.rules import (
+    activations,
     attention,
+    choices,
     convolution,
     elementwise,
+    indexing,
+    losses,
     normalize,
     pooling,
     products,
@@ -13,21 +17,19 @@ from fxhess.rules import (
     reductions,
     resampling,
     shape,
+    special,
+    writing,
+    zero,
 )
 
 __all__ = [
     "activations",
-    "elementwise",
-    "losses",
-    "products",
-    "reductions",
-    "shape",
-    "special",
-    "zero",
-]
     "attention",
+    "choices",
     "convolution",
     "elementwise",
+    "indexing",
+    "losses",
     "normalize",
     "pooling",
     "products",
@@ -35,4 +37,7 @@ __all__ = [
     "reductions",
     "resampling",
     "shape",
+    "special",
+    "writing",
+    "zero",
 ]

@@ -10,6 +10,7 @@ import torch
 from fxhess.emit import Var
 from fxhess.kinds import Equation, broadcast_equation
 from fxhess.registry import aten, composite, multilinear
+from fxhess.rules.shape import event_size
 
 
 def _product(a: Mapping[str, Any]) -> Equation:
@@ -21,18 +22,126 @@ def _product(a: Mapping[str, Any]) -> Equation:
     return broadcast_equation([left.ndim, right.ndim], [left.shape, right.shape])
 
 
+def _equation(text: str) -> Any:
+    """``"ik,kj->ij"`` as an equation, whatever the arguments."""
+    inputs, output = text.split("->")
+    equation = Equation(tuple(map(tuple, inputs.split(","))), tuple(output))
+    return lambda arguments: equation
+
+
 multilinear(aten.mul.Tensor, _product)
 multilinear(aten.mul.Scalar, _product)
-multilinear(aten.mm.default, lambda a: Equation((("i", "k"), ("k", "j")), ("i", "j")))
-multilinear(aten.bmm.default, lambda a: Equation((("n", "i", "k"), ("n", "k", "j")), ("n", "i", "j")))
-multilinear(aten.dot.default, lambda a: Equation((("k",), ("k",)), ()))
-multilinear(aten.mv.default, lambda a: Equation((("i", "k"), ("k",)), ("i",)))
+multilinear(aten.mm.default, _equation("ik,kj->ij"))
+multilinear(aten.bmm.default, _equation("nik,nkj->nij"))
+multilinear(aten.mv.default, _equation("ik,k->i"))
+multilinear(aten.dot.default, _equation("k,k->"))
+multilinear(aten.vdot.default, _equation("k,k->"))
+
+
+def _trilinear(a: Mapping[str, Any]) -> Equation:
+    """Three tensors, each with axes of size 1 inserted at ``expand``, multiplied and summed."""
+    rank = a["i1"].ndim + len(a["expand1"])
+    inputs: list[tuple[int | None, ...]] = []
+    for i in (1, 2, 3):
+        shape, expand = a[f"i{i}"].shape, [d % rank for d in a[f"expand{i}"]]
+        axes = [d for d in range(rank) if d not in expand]
+        inputs.append(tuple(None if n == 1 else d for d, n in zip(axes, shape, strict=True)))
+    summed = [d % rank for d in a["sumdim"]]
+    varying = {d for axes in inputs for d in axes}
+    output = tuple(d if d in varying else None for d in range(rank) if d not in summed)
+    return Equation(tuple(inputs), output)
+
+
+multilinear(aten._trilinear.default, _trilinear)
+
+
+# --- products added to something --------------------------------------------------------------
+
+
+def _added(self: torch.Tensor, beta: float, product: torch.Tensor, alpha: float) -> torch.Tensor:
+    """``beta self + alpha product``; with beta = 0 even a NaN in ``self`` is left out."""
+    product = product if alpha == 1 else product * alpha
+    return product if beta == 0 else product + (self if beta == 1 else self * beta)
 
 
 @composite(aten.addmm.default)
 def addmm(
     self: torch.Tensor, mat1: torch.Tensor, mat2: torch.Tensor, *, beta: float = 1, alpha: float = 1
 ) -> torch.Tensor:
-    product = torch.mm(mat1, mat2)
-    product = product if alpha == 1 else product * alpha
-    return product + (self if beta == 1 else self * beta)
+    return _added(self, beta, torch.mm(mat1, mat2), alpha)
+
+
+@composite(aten.addmv.default)
+def addmv(
+    self: torch.Tensor, mat: torch.Tensor, vec: torch.Tensor, *, beta: float = 1, alpha: float = 1
+) -> torch.Tensor:
+    return _added(self, beta, torch.mv(mat, vec), alpha)
+
+
+@composite(aten.addr.default)
+def addr(
+    self: torch.Tensor, vec1: torch.Tensor, vec2: torch.Tensor, *, beta: float = 1, alpha: float = 1
+) -> torch.Tensor:
+    return _added(self, beta, vec1[:, None] * vec2, alpha)
+
+
+@composite(aten.baddbmm.default)
+def baddbmm(
+    self: torch.Tensor,
+    batch1: torch.Tensor,
+    batch2: torch.Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+) -> torch.Tensor:
+    return _added(self, beta, torch.bmm(batch1, batch2), alpha)
+
+
+@composite(aten.addbmm.default)
+def addbmm(
+    self: torch.Tensor,
+    batch1: torch.Tensor,
+    batch2: torch.Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+) -> torch.Tensor:
+    return _added(self, beta, torch.sum(torch.bmm(batch1, batch2), 0), alpha)
+
+
+@composite(aten.ger.default)
+def outer(self: torch.Tensor, vec2: torch.Tensor) -> torch.Tensor:
+    return self[:, None] * vec2
+
+
+@composite(aten.linalg_cross.default)
+def cross(self: torch.Tensor, other: torch.Tensor, *, dim: int = -1) -> torch.Tensor:
+    """Component i is ``a_(i+1) b_(i+2) - a_(i+2) b_(i+1)``, indices modulo 3."""
+    a1, a2 = torch.roll(self, -1, dim), torch.roll(self, -2, dim)
+    b1, b2 = torch.roll(other, -1, dim), torch.roll(other, -2, dim)
+    return a1 * b2 - a2 * b1
+
+
+# --- distances --------------------------------------------------------------------------------
+# PyTorch's own backward of these is not differentiable again; norms are.
+
+
+@composite(aten._cdist_forward.default)
+def cdist(
+    x1: torch.Tensor, x2: torch.Tensor, p: float, compute_mode: int | None = None
+) -> torch.Tensor:
+    difference = torch.unsqueeze(x1, -2) - torch.unsqueeze(x2, -3)
+    return torch.linalg.vector_norm(difference, p, -1)
+
+
+@composite(aten._euclidean_dist.default)
+def euclidean_distance(x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
+    return cdist(x1, x2, 2.0)
+
+
+@composite(aten._pdist_forward.default)
+def pdist(self: torch.Tensor, p: float = 2) -> torch.Tensor:
+    n = event_size(self.shape[0])
+    ends = torch.triu_indices(n, n, 1, device=self.device)
+    difference = torch.index_select(self, 0, ends[0]) - torch.index_select(self, 0, ends[1])
+    return torch.linalg.vector_norm(difference, p, -1)
