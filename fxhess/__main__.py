@@ -3,9 +3,9 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from typing import NamedTuple
 
+import fxhess
 from fxhess import demo
 
 __all__ = ["main"]
@@ -32,9 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="fxhess", description="Exact per-sample Hessians of PyTorch models."
     )
-    parser.add_argument(
-        "--version", action="version", version=f"fxhess {metadata.version('fxhess')}"
-    )
+    parser.add_argument("--version", action="version", version=f"fxhess {fxhess.__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         command.add_arguments(
