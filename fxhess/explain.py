@@ -86,7 +86,7 @@ class Explanation:
         )  # fmt: skip
 
     def __str__(self) -> str:
-        bases = " -> ".join(("x", *self.bases))
+        bases = " -> ".join(self.bases)
         lines = [
             f"{', '.join(self.outputs)} at x of shape {list(self.shape)}"
             + (" (vector outputs)" if self.vector else ""),

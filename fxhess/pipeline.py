@@ -36,6 +36,7 @@ class Options:
     outputs: tuple[str, ...]
     event_ndim: int
     strategy: str = "auto"
+    fallback: str = "allow"
 
 
 @dataclass
@@ -97,7 +98,7 @@ def key_of(captured: Captured, x: torch.Tensor, options: Options) -> str:
 def compile_captured(captured: Captured, x: torch.Tensor, options: Options) -> Program:
     """Run all passes; the graph is checked after each."""
     clock = _Clock()
-    canonical = canonicalize(captured, x)
+    canonical = canonicalize(captured, x, options.fallback)
     clock.mark("canonicalize")
     check_canonical(canonical, "canonicalize")
     canonical = mark_activity(canonical)
@@ -106,7 +107,7 @@ def compile_captured(captured: Captured, x: torch.Tensor, options: Options) -> P
     want_hessian = "hessian" in options.outputs
     plan = make_plan(canonical, options.strategy if want_hessian else "close")
     clock.mark("plan")
-    derivative = differentiate(canonical, plan.bases, options.outputs)
+    derivative = differentiate(canonical, plan.pieces, options.outputs)
     check_graph(derivative.graph, "differentiate")
     clock.mark("differentiate")
     results = derivative.results
@@ -128,7 +129,7 @@ def compile_captured(captured: Captured, x: torch.Tensor, options: Options) -> P
         _describe(derivative.terms),
         canonical.summed,
         canonical.vector,
-        [n.name for n in plan.bases],
+        [piece.base.name for piece in plan.pieces],
         plan.estimate,
         captured.batch_ndim,
         clock.marks,
@@ -140,7 +141,8 @@ def _describe(terms: Sequence[Term]) -> list[tuple[Origin | None, str, str, str]
     for term in terms:
         distinct = len(set(term.pattern))
         structure = "diagonal" if distinct < len(term.pattern) else "dense"
-        rows.append((term.node.meta.get("origin"), term.kind, term.base.name, structure))
+        structure = structure if term.pattern else "-"
+        rows.append((term.node.meta.get("origin"), term.ending, term.base.name, structure))
     return rows
 
 

@@ -229,11 +229,12 @@ class Forms:
             [core, *factors],
             [*out_free, *self.batch(), *target],
             universe,
-            self._batch_size,
+            self.batch_size,
         )
         return Structured(out, ties, s.basis, event)
 
-    def _batch_size(self, label: Label) -> Var:
+    def batch_size(self, label: Label) -> Var:
+        """The size of a batch label as a value of the graph."""
         assert isinstance(label, str)
         return self.algebra.batch_size(int(label[1:]))
 
@@ -278,7 +279,12 @@ class Forms:
         have fewer axes (they broadcast), or batch axes too."""
         shape = (1,) * rank + tuple(operand.meta["val"].shape)
         event = tuple(int(n) for n in shape[len(shape) - rank :])
-        ties = t.ties if len(t.ties) == rank else (None,) * rank
+        ties: tuple[int | None, ...] = (None,) * rank
+        if len(t.ties) == rank:  # an axis that is mixed may be longer than the basis axis
+            ties = tuple(
+                k if k is not None and n in (1, t.basis[k]) else None
+                for k, n in zip(t.ties, event, strict=True)
+            )
         return Structured(0.0, ties, t.basis, event)
 
     def _unmixed(

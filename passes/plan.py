@@ -1,17 +1,19 @@
-"""Planning: at which values to start the tangents afresh, chosen by estimated seconds.
+"""Planning: how each term of the Hessian's sum ends, chosen by estimated seconds.
 
-*Needs* canonical facts with activity.  *Gives* a :class:`Plan`: the bases for differentiation.
+*Needs* canonical facts with activity.  *Gives* a :class:`Plan`: the pieces for differentiation.
 
 A base must be a value that every path from x passes through (a dominator in the dataflow graph).
 Between two curved operations only the narrowest such value is a candidate.  Dynamic programming
 runs from the output back to x: the best program that starts at a base is the cheapest piece up to
-some later base, plus the best program from there.  Pieces are costed by writing them.
+some later base, plus the best program from there; within a piece, the first terms may be pulled
+and the others closed.  Pieces are costed by writing them on scratch paper.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import networkx as nx
 from torch import fx
@@ -20,25 +22,29 @@ from fxhess.cost import Rates, rates_for, total
 from fxhess.errors import InputError
 from fxhess.facts import Canonical, dataflow, fact
 from fxhess.kinds import is_curved
-from fxhess.passes.differentiate import Half, Sketch
+from fxhess.passes.differentiate import Draft, Piece
+from fxhess.passes.halves import Half
 
-STRATEGIES = ("auto", "close", "rebase")
-_WINDOW = 6  # how many candidates ahead the next base is looked for
+STRATEGIES = ("auto", "close", "pull", "rebase")
+_WINDOW = 5  # how many candidates ahead the next base is looked for
+_FEW = 3  # up to so many terms, every cut between pulled and closed ones is tried
+_ALL = 1 << 30
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
-    """The bases, in order, and the estimated seconds of each alternative that was considered."""
+    """The pieces, from x on, and the estimated seconds of the whole (0 where it was not
+    estimated)."""
 
-    bases: list[fx.Node] = field(default_factory=list)
+    pieces: tuple[Piece, ...]
     estimate: float = 0.0
-    alternatives: dict[str, float] = field(default_factory=dict)
 
 
 def plan(canonical: Canonical, strategy: str = "auto") -> Plan:
-    """Choose the bases.
+    """Choose the pieces.
 
-    ``strategy``: "auto" by cost; "close" uses none, "rebase" every candidate.
+    ``strategy``: "auto" by cost; "close" and "pull" end all terms in this way, "rebase" closes
+    them at every candidate.
 
     Raises:
         InputError: an unknown strategy.
@@ -48,11 +54,16 @@ def plan(canonical: Canonical, strategy: str = "auto") -> Plan:
             f"unknown strategy {strategy!r}", hint=f"one of {', '.join(map(repr, STRATEGIES))}"
         )
     places = candidates(canonical)
-    if strategy == "close" or not places:
-        return Plan()
     if strategy == "rebase":
-        return Plan(places)
-    return _cheapest(Sketch(canonical), places, rates_for(canonical.device))
+        return Plan(tuple(Piece(base) for base in (canonical.x, *places)))
+    if strategy != "auto" or not has_curvature(canonical):
+        return Plan((Piece(canonical.x, _ALL if strategy == "pull" else 0),))
+    return _cheapest(canonical, places, rates_for(canonical.device))
+
+
+def has_curvature(canonical: Canonical) -> bool:
+    """Whether any active operation is curved."""
+    return any(is_curved(_kind(n)) for n in dataflow(list(canonical.nodes())))
 
 
 def candidates(canonical: Canonical) -> list[fx.Node]:
@@ -60,8 +71,7 @@ def candidates(canonical: Canonical) -> list[fx.Node]:
     graph = dataflow(list(canonical.nodes()))
     if canonical.output not in graph or canonical.x not in graph:
         return []
-    below = nx.ancestors(graph, canonical.output) | {canonical.output}
-    graph = graph.subgraph(below)
+    graph = graph.subgraph(nx.ancestors(graph, canonical.output) | {canonical.output})
     if canonical.x not in graph:
         return []
     parent = nx.immediate_dominators(graph, canonical.x)
@@ -75,12 +85,12 @@ def candidates(canonical: Canonical) -> list[fx.Node]:
     curved = sorted(order[n] for n in graph if is_curved(_kind(n)))
     best: dict[int, fx.Node] = {}
     for node in chain:
-        after = sum(1 for i in curved if i <= order[node])
-        if after == len(curved):  # nothing curved follows
+        before = sum(1 for i in curved if i <= order[node])
+        if before == len(curved):  # nothing curved follows
             continue
         size = math.prod(canonical.event(node))
-        if after not in best or size <= math.prod(canonical.event(best[after])):
-            best[after] = node
+        if before not in best or size <= math.prod(canonical.event(best[before])):
+            best[before] = node
     return [best[k] for k in sorted(best)]
 
 
@@ -90,23 +100,70 @@ def _kind(node: fx.Node):  # type: ignore[no-untyped-def]
     return known.kind
 
 
-def _cheapest(sketch: Sketch, places: list[fx.Node], rates: Rates) -> Plan:
-    starts = [sketch.canonical.x, *places]
-    n = len(starts)
-    best: list[tuple[float, list[int], Half]] = [(math.inf, [], Half((), ()))] * n
-    for i in reversed(range(n)):
-        ahead = [*range(i + 1, min(n, i + 1 + _WINDOW))]
-        options: list[int | None] = [*ahead]
-        if i == 0 or n - i <= _WINDOW + 1:
-            options.append(None)
-        for j in options:
+@dataclass
+class _Best:
+    """The best known program that starts at a base."""
+
+    cost: float
+    pieces: tuple[Piece, ...]
+    half: Half
+
+
+def _cheapest(canonical: Canonical, places: Sequence[fx.Node], rates: Rates) -> Plan:
+    draft = Draft(canonical, ("hessian",))
+    starts = [canonical.x, *places]
+    best: list[_Best | None] = [None] * len(starts)
+    for i in reversed(range(len(starts))):
+        for j in _ends(i, len(starts)):
             later = best[j] if j is not None else None
-            half, nodes = sketch.piece(
-                starts[i], starts[j] if j is not None else None, later[2] if later else None
-            )
-            cost = total(nodes, rates) + (later[0] if later else 0.0)
-            if cost < best[i][0]:
-                best[i] = (cost, [j, *later[1]] if later and j is not None else [], half)
-    cost, chosen, half = best[0]
-    finish = total(sketch.finish(half), rates)
-    return Plan([starts[j] for j in chosen], cost + finish)
+            tried = _trial(draft, starts[i], starts[j] if j is not None else None, later, rates)
+            known = best[i]
+            for candidate in tried:
+                if known is None or candidate.cost < known.cost:
+                    known = candidate
+            best[i] = known
+    chosen = best[0]
+    assert chosen is not None
+    mark = _newest(draft)
+    draft.halves.hessian(chosen.half)
+    return Plan(chosen.pieces, chosen.cost + total(_since(draft, mark), rates))
+
+
+def _ends(i: int, count: int) -> Iterator[int | None]:
+    """Later bases that a piece may end at; None is the output itself."""
+    yield from range(i + 1, min(count, i + 1 + _WINDOW))
+    if i == 0 or count - i <= _WINDOW + 1:
+        yield None
+
+
+def _trial(
+    draft: Draft, base: fx.Node, following: fx.Node | None, later: _Best | None, rates: Rates
+) -> Iterator[_Best]:
+    """Programs that start at ``base`` and go on from ``following``, costed."""
+    cuts, done = [0], 0
+    while done < len(cuts):
+        mark = _newest(draft)
+        piece = Piece(base, cuts[done])
+        half, terms = draft.piece(piece, following, later.half if later else None)
+        cost = total(_since(draft, mark), rates)
+        if later is not None:
+            yield _Best(cost + later.cost, (piece, *later.pieces), half)
+        else:
+            yield _Best(cost, (piece,), half)
+        if done == 0 and terms:
+            cuts += range(1, terms + 1) if terms <= _FEW else [terms]
+        done += 1
+
+
+def _newest(draft: Draft) -> fx.Node:
+    return next(iter(reversed(draft.emitter.graph.nodes)))
+
+
+def _since(draft: Draft, mark: fx.Node) -> list[fx.Node]:
+    """What was written after ``mark``, except what nothing uses."""
+    found = []
+    for node in reversed(draft.emitter.graph.nodes):
+        if node is mark:
+            break
+        found.append(node)
+    return found[::-1]

@@ -1,0 +1,239 @@
+"""Half Hessians: sums of contracted terms that keep their structure, A with ``H = A + A^T``.
+
+A half relative to a basis is a sum of cores, one for each *pattern*.  A pattern names, for each of
+the axes ``(outputs.., basis.., basis again..)``, the core's axis that stands for it; two axes with
+one name are tied: the core is diagonal over them.  Adding the transpose at the very end makes the
+result exactly symmetric, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxhess.contraction import Factor, contract
+from fxhess.emit import VAL, Var
+from fxhess.kinds import Label
+from fxhess.passes.forms import Curvature, Forms, Moved
+from fxhess.structure import Structured
+
+Pattern = tuple[int, ...]
+
+
+@dataclass
+class Half:
+    """See the module's docstring.  A core's axes are the batch axes, then one for each distinct
+    name of its pattern, in order."""
+
+    basis: tuple[int, ...]
+    outputs: tuple[int, ...]
+    cores: dict[Pattern, Var | float] = field(default_factory=dict)
+
+    def add(self, pattern: Pattern, core: Var | float) -> None:
+        known = self.cores.get(pattern)
+        self.cores[pattern] = core if known is None else known + core  # type: ignore[operator]
+
+
+class Halves:
+    """Writes the contractions that make halves, and a half's Hessian."""
+
+    def __init__(self, forms: Forms) -> None:
+        self.forms = forms
+        self.algebra = forms.algebra
+        self.emitter = forms.emitter
+        self.nb = forms.nb
+
+    # --- terms ----------------------------------------------------------------------------------
+
+    def later_terms(self, base: fx.Node, half: Half) -> list[Curvature]:
+        """The half at a base as terms of a second form of that base's value."""
+        m, n = len(half.outputs), len(half.basis)
+        terms = []
+        for pattern, core in half.cores.items():
+            names: list[Label] = [("c", name) for name in pattern]
+            distinct = list(dict.fromkeys(names))
+            factor: Factor = (core, [*self.forms.batch(), *distinct])
+            terms.append(
+                Curvature(
+                    base, base, (factor,), tuple(names[:m]),
+                    tuple(names[m : m + n]), tuple(names[m + n :]), 1.0,
+                )
+            )  # fmt: skip
+        return terms
+
+    def close(
+        self, half: Half, term: Curvature | Moved, left: Structured, right: Structured
+    ) -> Pattern:
+        """Add ``J_i^T C J_j``; the pattern that it has."""
+        if isinstance(term, Curvature):
+            return self._sandwich(half, term, left, right)
+        moved = self.apply(half, term, right)
+        labels = self._axes(half, moved)
+        as_form = Curvature(
+            term.i, term.i, ((moved.core, self._labels(half, moved)),), labels[0], labels[2],
+            labels[1], 1.0,
+        )  # fmt: skip
+        return self._sandwich(half, as_form, left, None)
+
+    def _axes(
+        self, half: Half, s: Structured
+    ) -> tuple[tuple[Label, ...], tuple[Label, ...], tuple[Label, ...]]:
+        """Labels of the outputs, of the basis and of the event axes of a moved tangent."""
+        event: tuple[Label, ...] = tuple(("e", k) for k in range(len(s.event)))
+        free: list[Label] = [("f", k) for k in range(len(s.basis))]
+        names = s.basis_labels(free, event)
+        m = len(half.outputs)
+        return tuple(names[:m]), tuple(names[m:]), event
+
+    def _labels(self, half: Half, s: Structured) -> list[Label]:
+        event: list[Label] = [("e", k) for k in range(len(s.event))]
+        free: list[Label] = [("f", k) for k in range(len(s.basis))]
+        return s.labels(free, self.forms.batch(), event)
+
+    def _sandwich(
+        self, half: Half, term: Curvature, left: Structured, right: Structured | None
+    ) -> Pattern:
+        """Contract a second form with tangents on both sides.  Without ``right``, the labels on
+        the right are those of the basis already."""
+        left = self._distinct(left, term.left)
+        batch = self.forms.batch()
+        rows: list[Label] = [("t", k) for k in range(len(half.basis))]
+        columns: list[Label] = [("u", k) for k in range(len(half.basis))]
+        factors: list[Factor] = [*term.factors, (term.weight, ())]
+        factors.append((left.core, left.labels(rows, batch, term.left)))
+        sizes = dict(zip(term.left, left.event, strict=True))
+        t = left.basis_labels(rows, term.left)
+        if right is None:
+            u = list(term.right)
+        else:
+            right = self._distinct(right, term.right)
+            factors.append((right.core, right.labels(columns, batch, term.right)))
+            sizes.update(zip(term.right, right.event, strict=True))
+            u = right.basis_labels(columns, term.right)
+        names = [*term.outputs, *t, *u]
+        distinct = list(dict.fromkeys(names))
+        universe = {a: n for a, n in sizes.items() if a not in distinct}
+        core = contract(
+            self.emitter, factors, [*batch, *distinct], universe, self.forms.batch_size
+        )
+        pattern = tuple(distinct.index(a) for a in names)
+        half.add(pattern, core)
+        return pattern
+
+    def _distinct(self, s: Structured, labels: Sequence[Label]) -> Structured:
+        repeated = [e for e, a in enumerate(labels) if list(labels).count(a) > 1]
+        return self.algebra.untie(s, repeated) if repeated else s
+
+    # --- moved tangents ---------------------------------------------------------------------------
+
+    def apply(self, half: Half, term: Curvature | Moved, right: Structured) -> Structured:
+        """``C J_j`` as an adjoint of operand i along (outputs.., basis..)."""
+        if isinstance(term, Moved):
+            moved = term.apply(right)
+            return Structured(
+                moved.core if term.weight == 1.0 else self.algebra.tensor(moved) * term.weight,
+                moved.ties, moved.basis, moved.event,
+            )  # fmt: skip
+        batch = self.forms.batch()
+        columns: list[Label] = [("u", k) for k in range(len(half.basis))]
+        right = self._distinct(right, term.right)
+        names = [*term.outputs, *right.basis_labels(columns, term.right)]
+        doubled = [a for a in names if names.count(a) > 1]
+        if doubled:  # an output and a basis axis tied to one event axis: give both their own
+            tied = [e for e, a in enumerate(term.right) if a in doubled]
+            right = self.algebra.untie(right, tied)
+            names = [*term.outputs, *right.basis_labels(columns, term.right)]
+        factors: list[Factor] = [*term.factors, (term.weight, ())]
+        factors.append((right.core, right.labels(columns, batch, term.right)))
+        event = self.forms.canonical.event(term.i)
+        ties = tuple(
+            names.index(a) if a in names and term.left.count(a) == 1 else None for a in term.left
+        )
+        free = [a for k, a in enumerate(names) if k not in ties]
+        universe = {
+            a: n
+            for a, n in zip(term.right, right.event, strict=True)
+            if a not in names and a not in term.left
+        }
+        core = contract(
+            self.emitter, factors, [*free, *batch, *term.left], universe, self.forms.batch_size
+        )
+        return Structured(core, ties, (*half.outputs, *half.basis), event)
+
+    def absorb(self, half: Half, moved: Structured) -> None:
+        """Add the sum of moved tangents that arrived at the basis itself."""
+        batch = self.forms.batch()
+        outputs, columns, rows = self._axes(half, moved)
+        names = [*outputs, *rows, *columns]
+        distinct = list(dict.fromkeys(names))
+        factor: Factor = (moved.core, self._labels(half, moved))
+        core = contract(self.emitter, [factor], [*batch, *distinct], None, self.forms.batch_size)
+        half.add(tuple(distinct.index(a) for a in names), core)
+
+    # --- the Hessian ------------------------------------------------------------------------------
+
+    def hessian(self, half: Half) -> Var:
+        """``A + A^T`` as ``[*batch, *outputs, *basis, *basis]``, at its full size."""
+        n, m = len(half.basis), len(half.outputs)
+        if not half.cores:
+            return self.zeros((*half.outputs, *half.basis, *half.basis))
+        total: Var | None = None
+        result: Var | None = None
+        diagonal: list[Var] = []
+        for pattern, core in half.cores.items():
+            if pattern[m : m + n] == pattern[m + n :]:  # symmetric as it is
+                diagonal.append(self._dense(half, pattern, core + core))  # type: ignore[operator]
+            else:
+                dense = self._dense(half, pattern, core)
+                total = dense if total is None else total + dense
+        if total is not None:
+            a = total.ndim - 2 * n
+            order = [*range(a), *range(a + n, a + 2 * n), *range(a, a + n)]
+            result = total + torch.permute(total, order)
+        for dense in diagonal:
+            result = dense if result is None else result + dense
+        assert result is not None
+        return self.full_size(result, (*half.outputs, *half.basis, *half.basis))
+
+    def _dense(self, half: Half, pattern: Pattern, core: Var | float) -> Var:
+        """The core with an axis of its own for every axis of the result."""
+        sizes = (*half.outputs, *half.basis, *half.basis)
+        batch = self.forms.batch()
+        distinct = max(pattern, default=-1) + 1
+        factors: list[Factor] = [(core, [*batch, *(("c", i) for i in range(distinct))])]
+        output: list[Label] = []
+        for axis, name in enumerate(pattern):
+            if name not in pattern[:axis]:
+                output.append(("c", name))
+                continue
+            output.append(("d", axis))
+            if sizes[axis] != 1:
+                factors.append((self.algebra.eye(sizes[axis]), [("c", name), ("d", axis)]))
+        out = contract(
+            self.emitter, factors, [*batch, *output], None, self.forms.batch_size
+        )
+        return out if isinstance(out, Var) else self.algebra.full([1] * (self.nb + len(output)), out)
+
+    def zeros(self, sizes: Sequence[int]) -> Var:
+        batch = [self.algebra.batch_size(i) for i in range(self.nb)]
+        return self.emitter.call(
+            torch.zeros, (*batch, *sizes), dtype=self.algebra.like.dtype,
+            device=self.algebra.device,
+        )  # fmt: skip
+
+    def full_size(self, var: Var, sizes: Sequence[int]) -> Var:
+        """The value at its full size, in memory of its own."""
+        shape = var.val.shape
+        full = self.forms.canonical.x.meta[VAL].shape[: self.nb]
+        want: list[Any] = []
+        for i in range(var.ndim):
+            n = full[i] if i < self.nb else sizes[i - self.nb]
+            size = self.algebra.batch_size(i) if i < self.nb else int(n)
+            want.append(size if shape[i] != n else -1)
+        if all(isinstance(n, int) and n == -1 for n in want):
+            return var
+        return torch.clone(var.expand(want), memory_format=torch.contiguous_format)  # type: ignore[return-value]
