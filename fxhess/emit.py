@@ -114,6 +114,9 @@ class Emitter(TracerBase):
         return Var(node, self)
 
     def _run(self, node: fx.Node) -> Any:
+        quick = _broadcast(node)
+        if quick is not None:
+            return quick
         args = fx.node.map_arg(node.args, _value)
         kwargs = fx.node.map_arg(node.kwargs, _value)
         if "device" in kwargs:  # a tensor made from nothing: its stand-in is a meta tensor too
@@ -135,6 +138,31 @@ class Emitter(TracerBase):
         raise InternalError("a rule branched on the value of a tensor", where=self._origin)
 
 
+_ARITHMETIC = frozenset({operator.add, operator.sub, operator.mul, operator.truediv})
+
+
+def _broadcast(node: fx.Node) -> torch.Tensor | None:
+    """The stand-in of plain arithmetic, most of what is ever written, without asking PyTorch
+    (whose own shape functions take a hundred times longer)."""
+    if node.target not in _ARITHMETIC or node.kwargs:
+        return None
+    values = [a.meta[VAL] if isinstance(a, fx.Node) else a for a in node.args]
+    tensors = [v for v in values if isinstance(v, torch.Tensor)]
+    if not tensors:
+        return None
+    dtype = torch.result_type(*values)
+    if not dtype.is_floating_point:
+        return None
+    shape: list[int] = []
+    rank = max(t.ndim for t in tensors)
+    for axis in range(-rank, 0):
+        sizes = {t.shape[axis] for t in tensors if t.ndim >= -axis} - {1}
+        if len(sizes) > 1:
+            return None  # let PyTorch say what is wrong
+        shape.append(sizes.pop() if sizes else 1)
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 def _node(value: Any) -> Any:
     return value.node if isinstance(value, Var) else value
 
@@ -148,3 +176,10 @@ def getitem(var: Var, index: int) -> Var:
     emitter = var.tracer
     assert isinstance(emitter, Emitter)
     return emitter.call(operator.getitem, var, index)
+
+
+def sibling(var: Var, index: int) -> Var:
+    """Another output of the operation that ``var`` is an output of."""
+    parent, _ = var.node.args
+    assert isinstance(parent, fx.Node)
+    return getitem(Var(parent, var.tracer), index)
