@@ -126,6 +126,17 @@ def functional(
                 node.meta.update({key: n.meta[key] for key in keep if key in n.meta})
             return result
 
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            try:
+                return super().call_function(target, args, kwargs)
+            except RuntimeError:  # functionalization misses symbolic sizes in some operators
+                name = target._schema.name if isinstance(target, torch._ops.OpOverload) else ""
+                if not name.endswith("_") or torch.Tag.inplace_view in target.tags:
+                    raise
+                packet = getattr(torch.ops.aten, name.removeprefix("aten::")[:-1])
+                plain = getattr(packet, target._overloadname)
+                return args[0].copy_(plain(*args, **kwargs))
+
     inputs = [n.meta["val"] for n in graph_module.graph.nodes if n.op == "placeholder"]
     mode = next(v.fake_mode for v in inputs if hasattr(v, "fake_mode"))
     with mode:

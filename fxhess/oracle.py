@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxhess._torch import plain_attention
+
 Model = nn.Module | Callable[..., Any]
 
 
@@ -46,7 +48,7 @@ def hessian(model: Model, x: torch.Tensor, event_ndim: int = 1) -> torch.Tensor:
         function = sample_function(model, x, event_ndim)
         point = sample.clone().requires_grad_(True)
         rows = []
-        with torch.enable_grad():
+        with torch.enable_grad(), plain_attention():
             ys = function(point)
             outputs = ys.numel()
             for y in ys:
@@ -111,7 +113,7 @@ def gradient(model: Model, x: torch.Tensor, event_ndim: int = 1) -> torch.Tensor
     for sample in x.detach().reshape(-1, *event):
         function = sample_function(model, x, event_ndim)
         point = sample.clone().requires_grad_(True)
-        with torch.enable_grad():
+        with torch.enable_grad(), plain_attention():
             ys = function(point)
             outputs = ys.numel()
             rows = []

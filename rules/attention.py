@@ -22,9 +22,7 @@ def softmax(self: torch.Tensor, dim: int, half_to_float: bool) -> torch.Tensor:
 
 
 @composite(aten._safe_softmax.default)
-def safe_softmax(
-    self: torch.Tensor, dim: int, dtype: torch.dtype | None = None
-) -> torch.Tensor:
+def safe_softmax(self: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """0 in rows that are masked wholly, where ``softmax`` is not a number."""
     terms, total = _exponentials(self if dtype is None else self.to(dtype), dim)
     return terms / torch.where(total == 0, 1.0, total)

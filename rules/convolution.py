@@ -22,9 +22,7 @@ def _full(values: Ints, rank: int) -> list[int]:
     return list(values) * rank if len(values) == 1 else list(values)
 
 
-def _bias_apart(
-    input: torch.Tensor, weight: torch.Tensor, bias: Maybe, *rest: Any
-) -> Any:
+def _bias_apart(input: torch.Tensor, weight: torch.Tensor, bias: Maybe, *rest: Any) -> Any:
     """The bias is added after, so that the operator is linear."""
     if bias is None:
         return NotImplemented
@@ -103,12 +101,27 @@ def cudnn_convolution(
 
 # --- sliding windows ----------------------------------------------------------------------------
 
+
+def _summed(
+    columns: Any, sizes: Ints, kernel: Ints, dilation: Ints, padding: Ints, stride: Ints
+) -> Any:
+    """``col2im`` of the padded image, then cut: with symbolic sizes, PyTorch itself cannot cut."""
+    pads = _full(padding, 2)
+    whole = [n + 2 * p for n, p in zip(sizes, pads, strict=True)]
+    image = aten.col2im.default(columns, whole, kernel, dilation, [0, 0], stride)
+    for d, n, p in zip((-2, -1), sizes, pads, strict=True):
+        image = torch.narrow(image, d, p, n) if p else image
+    return image
+
+
+def _unpadded(self: torch.Tensor, *options: Any) -> Any:
+    return _summed(self, *options) if any(options[3]) else NotImplemented
+
+
 linear(
     aten.im2col.default,
     Trailing(3),
-    pull=lambda g, c: aten.col2im.default(
-        g, [c.operands[0].size(-2), c.operands[0].size(-1)], *c.args[1:]
-    ),
+    pull=lambda g, c: _summed(g, [c.operands[0].size(d) for d in (-2, -1)], *c.args[1:]),
     fold=True,
 )
 linear(
@@ -116,4 +129,5 @@ linear(
     Trailing(2),
     pull=lambda g, c: aten.im2col.default(g, *c.args[2:]),
     fold=True,
+    rewrite=_unpadded,
 )

@@ -129,9 +129,7 @@ def _unpooled(self: torch.Tensor, indices: torch.Tensor, sizes: Ints) -> torch.T
 
 
 @composite(aten.max_unpool2d.default)
-def max_unpool2d(
-    self: torch.Tensor, indices: torch.Tensor, output_size: Ints
-) -> torch.Tensor:
+def max_unpool2d(self: torch.Tensor, indices: torch.Tensor, output_size: Ints) -> torch.Tensor:
     return _unpooled(self, indices, output_size)
 
 

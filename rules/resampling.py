@@ -90,6 +90,8 @@ def _interpolated(
     x: torch.Tensor, dim: int, out: int, taps: Callable[..., Taps], align: bool, given: float | None
 ) -> torch.Tensor:
     n = x.shape[dim]
+    if n == out and taps is not _cubic:  # whatever scale is given
+        return x
     scale = _scale(n, out, align, given)
     matrix = [[0.0] * out for _ in range(n)]
     for i in range(out):
@@ -100,20 +102,32 @@ def _interpolated(
 
 
 def _nearest(
-    x: torch.Tensor, dim: int, out: int, half: float, given: float | None
+    x: torch.Tensor,
+    dim: int,
+    out: int,
+    half: float,
+    given: float | None,
+    plane: bool,
+    halves: bool,
 ) -> torch.Tensor:
-    """In single precision, as the operator computes its indices for every dtype."""
+    """Rounds as the operators do: in two dimensions (``plane``) always in single precision, else
+    first in x's own; ``halves``: sizes decide before scales."""
     n = x.shape[dim]
-    scale = np.float32(1 / given if given else np.float32(n) / np.float32(out))
-    places = [min(int((np.float32(i) + np.float32(half)) * scale), n - 1) for i in range(out)]
+    if halves and out in (n, 2 * n):
+        given = None
+    number = np.float64 if x.dtype == torch.float64 and not plane else np.float32
+    scale = number(1 / given) if given else number(n) / number(out)
+    places = [min(int(np.float32((number(i) + number(half)) * scale)), n - 1) for i in range(out)]
     return torch.index_select(x, dim, torch.tensor(places, device=x.device))
 
 
 Resize = Callable[[torch.Tensor, int, int, bool, float | None], torch.Tensor]
 
 
-def _by_nearest(half: float) -> Resize:
-    return lambda x, dim, out, align, given: _nearest(x, dim, out, half, given)
+def _by_nearest(half: float, rank: int) -> Resize:
+    plane = rank == 2
+    halves = plane and half == 0
+    return lambda x, dim, out, align, given: _nearest(x, dim, out, half, given, plane, halves)
 
 
 def _by_matrix(taps: Callable[..., Taps]) -> Resize:
@@ -137,13 +151,9 @@ def _register(name: str, rank: int, resize: Resize, aligned: bool) -> None:
         align = bool(given.pop(0)) if aligned else False
         return _resize(self, resize, output_size, align, [*given, *[None] * (rank - len(given))])
 
-    def listed(
-        self: torch.Tensor, output_size: Ints | None, *rest: Any
-    ) -> torch.Tensor:
+    def listed(self: torch.Tensor, output_size: Ints | None, *rest: Any) -> torch.Tensor:
         align, scales = (bool(rest[0]), rest[1]) if aligned else (False, rest[0])
-        sizes = output_size or [
-            int(n * s) for n, s in zip(self.shape[-rank:], scales, strict=True)
-        ]
+        sizes = output_size or [int(n * s) for n, s in zip(self.shape[-rank:], scales, strict=True)]
         return _resize(self, resize, sizes, align, scales or [None] * rank)
 
     composite(op.default)(sized)
@@ -151,8 +161,8 @@ def _register(name: str, rank: int, resize: Resize, aligned: bool) -> None:
 
 
 for rank in (1, 2, 3):
-    _register(f"upsample_nearest{rank}d", rank, _by_nearest(0.0), False)
-    _register(f"_upsample_nearest_exact{rank}d", rank, _by_nearest(0.5), False)
+    _register(f"upsample_nearest{rank}d", rank, _by_nearest(0.0, rank), False)
+    _register(f"_upsample_nearest_exact{rank}d", rank, _by_nearest(0.5, rank), False)
 _register("upsample_linear1d", 1, _by_matrix(_linear), True)
 _register("upsample_bilinear2d", 2, _by_matrix(_linear), True)
 _register("upsample_trilinear3d", 3, _by_matrix(_linear), True)
@@ -242,7 +252,9 @@ def grid_sampler(
     image = torch.flatten(input, 2)
     total: Any = None
     for corner in itertools.product(*taps):
-        inside = [(p >= 0) & (p <= n - 1) for (p, _), n in zip(corner, reversed(sizes), strict=True)]
+        inside = [
+            (p >= 0) & (p <= n - 1) for (p, _), n in zip(corner, reversed(sizes), strict=True)
+        ]
         index: Any = 0
         for (place, _), n in reversed(list(zip(corner, reversed(sizes), strict=True))):
             index = index * n + torch.clamp(place, 0, n - 1).to(torch.int64)
