@@ -16,7 +16,7 @@ if os.path.isfile(os.path.join(_root, "rules", "elementwise.py")) and os.path.is
 ):
     __path__.append(_root)
 
-from fxhess import testing  # noqa: E402
+from fxhess import kinds, testing  # noqa: E402
 from fxhess.api import transform  # noqa: E402
 from fxhess.cache import CacheInfo, cache_clear, cache_info  # noqa: E402
 from fxhess.errors import (  # noqa: E402
@@ -52,6 +52,7 @@ __all__ = [
     "__version__",
     "cache_clear",
     "cache_info",
+    "kinds",
     "register_rule",
     "testing",
     "transform",
