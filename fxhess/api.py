@@ -19,6 +19,7 @@ def transform(
     event_ndim: int = 1,
     example: torch.Tensor | None = None,
     strategy: str = "auto",
+    fallback: str = "allow",
 ) -> HessianModule:
     """A module that returns per-sample derivatives of ``model``, exact and batched.
 
@@ -35,13 +36,17 @@ def transform(
         example: specialize now for inputs like this one (any batch size), not at the first call.
         strategy: how the terms of the Hessian end: ``"auto"`` (by cost), ``"close"`` (all
             contracted at x) or ``"rebase"`` (piece by piece at every narrow place).
+        fallback: what to do where the derivatives of an operation without a rule cannot be written
+            as plain operations: ``"allow"`` takes them by autograd at every call, exact but slower
+            (``explain`` says where), ``"error"`` refuses.
 
     Raises:
         InputError: an unknown output or strategy, or an x that does not fit.
         CaptureError: (at specialization) PyTorch cannot trace the model, or its result is no
             scalar or vector per sample.
         SampleMixingError: samples of the batch see each other.
-        UnsupportedOpError: an operation on the path from x has no rule.
+        UnsupportedOpError: an operation on the path from x has no second derivative in PyTorch,
+            or, with ``fallback="error"``, none that can be written as plain operations.
 
     Example:
         >>> hess = fxhess.transform(torch.nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)))
@@ -57,12 +62,14 @@ def transform(
             f"unknown output {unknown[0]!r}" if unknown else "outputs must be named once each",
             hint=f"valid outputs are {', '.join(map(repr, OUTPUTS))}",
         )
+    if fallback not in ("allow", "error"):
+        raise InputError(f"unknown fallback {fallback!r}", hint="valid are 'allow' and 'error'")
     if not callable(model):
         raise InputError(f"a model is a module or a function, not {type(model).__name__}")
     if event_ndim < 0:
         raise InputError(f"event_ndim counts axes; {event_ndim} is negative")
     hess = HessianModule(
-        model, outputs if isinstance(outputs, str) else names, event_ndim, strategy
+        model, outputs if isinstance(outputs, str) else names, event_ndim, strategy, fallback
     )
     if example is not None:
         hess.specialize(example)

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_map_only
 from fxhess import _torch
 from fxhess.emit import ORIGIN
 from fxhess.errors import CaptureError, FxhessError, Origin
+from fxhess.functions import whole_functions
 
 _TORCH = os.path.dirname(torch.__file__)
 _OWN = os.path.dirname(__file__)
@@ -62,6 +63,7 @@ class Captured:
     symbols: tuple[Any, ...]
     sizes: tuple[Any, ...]
     guards: tuple[Any, ...]
+    tensors: list[torch.Tensor]
     output: fx.Node = field(init=False)
 
     def __post_init__(self) -> None:
@@ -185,7 +187,7 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int) -> Captured:
             )
 
     tensors = [t.detach() for t in named.values()]
-    with _capturing, _torch.plain_attention(), torch.enable_grad():
+    with _capturing, _torch.plain_attention(), torch.enable_grad(), whole_functions():
         traced, failure = None, None
         for example in _examples(x, batch_ndim):
             try:
@@ -209,8 +211,9 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int) -> Captured:
         _lift_constants(graph_module, model, placeholders[-1], sources)
         if _torch.writes_in_place(graph):
             graph_module = _torch.functional(graph_module, decompositions(), (ORIGIN,))
+    values = [source.read(model) for source in sources]
     return Captured(
-        graph_module, sources, batch_ndim, traced.symbols, traced.sizes, traced.guards
+        graph_module, sources, batch_ndim, traced.symbols, traced.sizes, traced.guards, values
     )
 
 

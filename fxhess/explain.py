@@ -60,7 +60,7 @@ class Explanation:
             for origin, kind, base, structure in program.terms
         )
         nodes = [n for n in program.graph_module.graph.nodes if n.op.startswith("call")]
-        notes = []
+        notes = list(program.notes)
         if "hessian" in options.outputs and not rows:
             notes.append(
                 "no operation is curved: the model is affine (or piecewise linear) in x, and H is"

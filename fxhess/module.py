@@ -56,12 +56,13 @@ class HessianModule(nn.Module):
         outputs: str | tuple[str, ...],
         event_ndim: int,
         strategy: str = "auto",
+        fallback: str = "allow",
     ) -> None:
         super().__init__()
         self.model = as_module(model)
         self.outputs = outputs
         names = (outputs,) if isinstance(outputs, str) else outputs
-        self.options = Options(names, event_ndim, strategy)
+        self.options = Options(names, event_ndim, strategy, fallback)
         self._bindings: dict[Any, list[Binding]] = {}
         self._lock = threading.RLock()
         self.training = self.model.training

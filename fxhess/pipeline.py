@@ -27,6 +27,7 @@ from fxhess.passes.lower import lower
 from fxhess.passes.plan import plan as make_plan
 from fxhess.passes.simplify import simplify
 from fxhess.registry import version
+from fxhess.splice import slow_nodes
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Program:
     bases: list[str]
     estimate: float
     batch_ndim: int
+    notes: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
     @cached_property
@@ -132,6 +134,7 @@ def compile_captured(captured: Captured, x: torch.Tensor, options: Options) -> P
         [piece.base.name for piece in plan.pieces],
         plan.estimate,
         captured.batch_ndim,
+        slow_nodes(module.graph),
         clock.marks,
     )
 

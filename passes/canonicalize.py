@@ -25,8 +25,10 @@ from fxhess.capture import Captured
 from fxhess.emit import ORIGIN, VAL, Emitter, Var
 from fxhess.errors import CaptureError, FxhessError, UnsupportedOpError
 from fxhess.facts import FACT, Canonical, Fact
+from fxhess.functions import called
 from fxhess.passes import signatures
 from fxhess.passes.layout import Atom, Laid, Layouts
+from fxhess.passes.opaque import Opaque
 from fxhess.passes.signatures import Bound, Raw
 from fxhess.registry import Rule, find
 
@@ -39,29 +41,34 @@ HANDLERS = {
 }
 
 
-def canonicalize(captured: Captured, x: torch.Tensor) -> Canonical:
+def canonicalize(
+    captured: Captured, x: torch.Tensor, fallback: str = "allow"
+) -> Canonical:
     """Rewrite to canonical form; see the module's docstring.
 
     ``x`` gives the nominal batch sizes (its sizes, at least 2), dtype and event shape.
 
     Raises:
         SampleMixingError: an operation lets samples see each other.
-        UnsupportedOpError: an operation on the path from x has no rule.
+        UnsupportedOpError: an operation on the path from x cannot be differentiated twice.
         CaptureError: the model does not return a scalar or vector per sample.
     """
     emitter = Emitter()
     layouts = Layouts(emitter, captured.sizes)
-    walk = _Walk(captured, emitter, layouts)
+    walk = _Walk(captured, emitter, layouts, Opaque(captured, layouts, x, fallback))
     return walk.run(x)
 
 
 class _Walk:
     """One walk over the captured nodes, in order."""
 
-    def __init__(self, captured: Captured, emitter: Emitter, layouts: Layouts) -> None:
+    def __init__(
+        self, captured: Captured, emitter: Emitter, layouts: Layouts, opaque: Opaque
+    ) -> None:
         self.captured = captured
         self.emitter = emitter
         self.layouts = layouts
+        self.opaque = opaque
         self.values: dict[fx.Node, Any] = {}
 
     def run(self, x: torch.Tensor) -> Canonical:
@@ -78,7 +85,7 @@ class _Walk:
             self.values[node] = Raw(var, tuple(val.shape))
         needed = _ancestors(self.captured.output)
         for node in nodes:
-            if node in needed and node.op == "call_function":
+            if node in needed and node.op == "call_function" and node not in self.values:
                 self.values[node] = self._step(node)
         return self._leave(self.values[self.captured.output], x.device)
 
@@ -106,28 +113,38 @@ class _Walk:
                 return self.layouts.size_of(tuple(a for group in args[0].groups for a in group))
             if not _holds_laid((args, kwargs)):
                 return self._copy(node, args, kwargs)
-            rule = find(node.target)
-            if rule is None:
-                raise UnsupportedOpError(
-                    f"no rule for {node.target}, through which the samples flow",
-                    where=origin,
-                    hint="register one: fxhess.register_rule(Rule(op, axes, kind)); see"
-                    " 'Adding a rule' in the README",
-                )
+            return self._by_rule(node, args, kwargs)
+
+    def _by_rule(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """An operation on the samples: by its rule, or where there is none for this call, by
+        PyTorch's own derivatives of it."""
+        rule = find(node.target)
+        failure: Exception | None = None
+        if rule is not None:
             bound = Bound(rule, _arguments(rule, args, kwargs), node.meta["val"], self.layouts)
             try:
                 return HANDLERS[type(rule.axes)](bound)
+            except UnsupportedOpError as error:
+                failure = error
             except FxhessError:
                 raise
             except Exception as error:
-                raise UnsupportedOpError(
-                    f"the rule of {node.target} does not cover this call: {error}", where=origin
-                ) from error
+                failure = error
+        try:
+            results = self.opaque.rewrite([node], self.values)
+        except FxhessError as error:
+            raise error from failure
+        self.values.update(results)
+        return results.get(node, ())
 
     def _copy(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """A value that does not depend on x is computed as the model computes it."""
         plain = fx.node.map_aggregate((args, kwargs), lambda v: v.var if isinstance(v, Raw) else v)
-        var = self.emitter.call(node.target, *plain[0], **plain[1])  # type: ignore[arg-type]
+        call = called(node)
+        if call is not None:
+            var = self.emitter.call(call, *plain[0][0])  # type: ignore[index, misc]
+        else:
+            var = self.emitter.call(node.target, *plain[0], **plain[1])  # type: ignore[arg-type]
         val = node.meta.get("val")
         if isinstance(val, torch.Tensor):
             return Raw(var, _shape(val))

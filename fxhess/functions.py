@@ -1,0 +1,220 @@
+"""Custom ``torch.autograd.Function`` s, captured whole so that their own derivatives are used.
+
+A trace would record what is inside of ``forward`` and silently ignore the user's ``backward``.  Inside
+:func:`whole_functions`, ``Function.apply`` is recorded as one node of the operator
+``fxhess::function(Tensor[] tensors, int token) -> Tensor[]`` instead; ``call_of(token)`` tells which
+function it is, with which other arguments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import checkpoint
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+_library = torch.library.Library("fxhess", "DEF")
+_library.define("function(Tensor[] tensors, int token) -> Tensor[]")
+
+Function = torch.autograd.Function
+_apply: Callable[..., Any] = Function.__dict__["apply"].__func__
+_local = threading.local()
+
+
+class FunctionCall:
+    """``cls.apply`` with all arguments but the tensors fixed; gives its tensor results, in order."""
+
+    def __init__(self, cls: type[Function], arguments: Sequence[Any], spec: Any) -> None:
+        self.cls = cls
+        self.arguments = list(arguments)  # None where a tensor goes
+        self.spec = spec
+        self.tensors = [i for i, a in enumerate(arguments) if isinstance(a, _Slot)]
+        self.results: tuple[list[Any], Any] | None = None
+        self.__name__ = cls.__name__
+        self.__qualname__ = cls.__qualname__
+        self.__module__ = cls.__module__
+
+    def __call__(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        if tensors and tensors[0].device.type == "meta":
+            return torch.ops.fxhess.function(list(tensors), token_of(self))  # type: ignore[no-any-return]
+        return self.run(*tensors)
+
+    def run(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        flat = list(self.arguments)
+        for i, t in zip(self.tensors, tensors, strict=True):
+            flat[i] = t
+        result = _apply(self.cls, *tree_unflatten(flat, self.spec))
+        values, spec = tree_flatten(result)
+        if self.results is None:
+            rest = [None if isinstance(v, torch.Tensor) else v for v in values]
+            self.results = (
+                [_Slot() if isinstance(v, torch.Tensor) else r for v, r in zip(values, rest, strict=True)],
+                spec,
+            )
+        return [v for v in values if isinstance(v, torch.Tensor)]
+
+    def rebuild(self, outputs: Sequence[torch.Tensor]) -> Any:
+        """The results as the function returns them."""
+        assert self.results is not None
+        slots, spec = self.results
+        left = list(outputs)
+        return tree_unflatten([left.pop(0) if isinstance(s, _Slot) else s for s in slots], spec)
+
+
+class _Slot:
+    """Stands where a tensor goes."""
+
+
+_calls: list[FunctionCall] = []
+_tokens: dict[Any, int] = {}
+
+
+def call_of(token: int) -> FunctionCall:
+    return _calls[token]
+
+
+def token_of(call: FunctionCall) -> int:
+    return _calls.index(call)
+
+
+def called(node: fx.Node) -> FunctionCall | None:
+    """The custom function that a captured node calls."""
+    if node.target is not torch.ops.fxhess.function.default:
+        return None
+    return call_of(node.args[1])  # type: ignore[arg-type]
+
+
+def differentiable(target: Any) -> Any:
+    """The operation with the derivatives that are its own."""
+    if target is not torch.ops.fxhess.function.default:
+        return target
+    return lambda tensors, token: call_of(token).run(*tensors)
+
+
+def _token(cls: type[Function], arguments: list[Any], spec: Any) -> int:
+    """The same number for the same function and the same arguments that are not tensors."""
+    frozen = tuple(
+        "tensor" if isinstance(a, _Slot) else (type(a), a if _is_plain(a) else id(a))
+        for a in arguments
+    )
+    key = (cls, frozen, str(spec))
+    if key not in _tokens:
+        _tokens[key] = len(_calls)
+        _calls.append(FunctionCall(cls, arguments, spec))
+    return _tokens[key]
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(
+        value, (bool, int, float, complex, str, torch.dtype, torch.device)
+    )
+
+
+# --- the operator -----------------------------------------------------------------------------
+
+
+def _fresh(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Operators return new tensors, never views of their operands."""
+    return [t.detach().clone() for t in outputs]
+
+
+@torch.library.impl(_library, "function", "CompositeExplicitAutograd")
+def _run(tensors: list[torch.Tensor], token: int) -> list[torch.Tensor]:
+    with _inside():
+        return _fresh(call_of(token).run(*tensors))
+
+
+@torch.library.register_fake("fxhess::function", lib=_library)
+def _fake(tensors: list[torch.Tensor], token: int) -> list[torch.Tensor]:
+    with _inside():
+        try:
+            return _fresh(call_of(token).run(*tensors))
+        except Exception as error:
+            found = _by_running(call_of(token), tensors)
+            if found is None:
+                raise error
+            return found
+
+
+def _by_running(call: FunctionCall, tensors: list[torch.Tensor]) -> list[torch.Tensor] | None:
+    """Shapes of the results of a function that only real tensors can go through (NumPy inside):
+    found by running it on ones, at several batch sizes."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    sizes: list[Any] = []
+    for t in tensors:
+        sizes += [s for s in t.shape if isinstance(s, torch.SymInt) and not any(s is o for o in sizes)]
+
+    def shapes(scale: int) -> list[tuple[list[int], torch.dtype]]:
+        with _disable_current_modes():
+            real = []
+            for t in tensors:
+                shape = [scale if isinstance(s, torch.SymInt) else s for s in t.shape]
+                real.append(torch.ones(shape, dtype=t.dtype))
+            return [(list(t.shape), t.dtype) for t in call.run(*real)]
+
+    try:
+        two, three = shapes(2), shapes(3)
+    except Exception:
+        return None
+    symbol = sizes[0] if sizes else None
+    like = tensors[0]
+    results = []
+    for (a, dtype), (b, _) in zip(two, three, strict=True):
+        shape = [p if p == q else (symbol * (p // 2) if p * 3 == q * 2 else None) for p, q in zip(a, b, strict=True)]
+        if any(s is None for s in shape):
+            return None
+        results.append(like.new_empty(shape, dtype=dtype))
+    return results
+
+
+# --- capture ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _inside() -> Iterator[None]:
+    """Calls inside of a captured function are its own business."""
+    before = getattr(_local, "active", False)
+    _local.active = False
+    try:
+        yield
+    finally:
+        _local.active = before
+
+
+@contextlib.contextmanager
+def whole_functions() -> Iterator[None]:
+    """Inside, on this thread, a custom function is recorded as one operation."""
+
+    def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
+        if not getattr(_local, "active", False) or kwargs:
+            return _apply(cls, *args, **kwargs)
+        if cls is checkpoint.CheckpointFunction:
+            function, _, *rest = args
+            return function(*rest)
+        flat, spec = tree_flatten(args)
+        tensors = [a for a in flat if isinstance(a, torch.Tensor)]
+        if not tensors:
+            return _apply(cls, *args)
+        arguments = [_Slot() if isinstance(a, torch.Tensor) else a for a in flat]
+        token = _token(cls, arguments, spec)
+        outputs = torch.ops.fxhess.function(tensors, token)
+        return call_of(token).rebuild(outputs)
+
+    before = getattr(_local, "active", False)
+    _local.active = True
+    original = Function.__dict__["apply"]
+    Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        Function.apply = original  # type: ignore[method-assign]
+        _local.active = before
+
+
+__all__ = ["FunctionCall", "call_of", "called", "differentiable", "token_of", "whole_functions"]

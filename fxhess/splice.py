@@ -1,0 +1,342 @@
+"""Derivatives of a :class:`~fxhess.derive.Derivation` as nodes of a graph under construction.
+
+A derivative is traced for symbolic batch sizes into plain operations, which are checked against the
+untraced one on the values seen and then copied into the graph.  Where that cannot be done, one
+node takes the derivative by autograd each time the program runs.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxhess import _batched
+from fxhess.derive import Derivation, Way
+from fxhess.emit import ORIGIN, Emitter, Var, to_meta
+from fxhess.errors import FxhessError, Origin, UnsupportedOpError
+from fxhess.functions import call_of
+
+_UNROLLED = 32  # derivatives along more directions than this are not written one by one
+
+
+class Untraceable(Exception):
+    """The trace would hold for some batch sizes only, or computes something else."""
+
+
+@dataclass
+class Splicer:
+    """Writes the forms of one derivation.
+
+    ``shapes``: for inputs that are passed as they are, their captured sizes (numbers and
+    expressions in ``symbols``, the batch sizes).  ``point``: an x and inputs to check traces at.
+    ``strict``: a derivative that cannot be traced is an error.
+    """
+
+    derivation: Derivation
+    shapes: tuple[tuple[Any, ...] | None, ...]
+    symbols: tuple[Any, ...]
+    point: tuple[torch.Tensor, list[torch.Tensor]]
+    origin: Origin | None
+    strict: bool
+    _traces: dict[Any, fx.GraphModule | None] = field(default_factory=dict)
+
+    def values(self, x: Var, tensors: Sequence[Var]) -> list[Var]:
+        """All outputs."""
+        return self._write("values", (), x, tensors, [])  # type: ignore[no-any-return]
+
+    def pull(self, k: int, x: Var, tensors: Sequence[Var], g: Var) -> list[Var]:
+        return self._write("pull", (k,), x, tensors, [g])  # type: ignore[no-any-return]
+
+    def push(self, k: int, x: Var, tensors: Sequence[Var], ts: Sequence[Var]) -> Var:
+        return self._write("push", (k,), x, tensors, ts)  # type: ignore[no-any-return]
+
+    def curve(
+        self, k: int, i: int, j: int, x: Var, tensors: Sequence[Var], g: Var, t: Var
+    ) -> Var:
+        return self._write("curve", (k, i, j), x, tensors, [g, t])  # type: ignore[no-any-return]
+
+    def _write(
+        self, form: str, at: tuple[int, ...], x: Var, tensors: Sequence[Var], extra: Sequence[Var]
+    ) -> Any:
+        inputs = [x, *tensors, *extra]
+        program = Program(self.derivation, form, at, len(tensors), str(self._op()))
+        dims = [self._dims(form, at, n, v) for n, v in enumerate(inputs)]
+        key = (form, at, tuple(map(tuple, dims)))
+        if key not in self._traces:
+            self._traces[key] = self._trace(program, dims, [v.dtype for v in inputs])
+        traced = self._traces[key]
+        emitter = x.tracer
+        assert isinstance(emitter, Emitter)
+        if traced is not None:
+            try:
+                return splice(emitter, traced, inputs)
+            except FxhessError:
+                self._traces[key] = None
+        if self.strict:
+            raise UnsupportedOpError(
+                f"the derivatives of {self._op()} cannot be written as plain operations",
+                where=self.origin,
+                hint='register a rule for it, or allow the slower exact way: fallback="allow"',
+            )
+        out = emitter.call(program, *inputs)
+        if program.many:
+            return [out[n] for n in range(len(out.val))]
+        return out
+
+    def _op(self) -> str:
+        return self.origin.op if self.origin is not None else "an operation"
+
+    def _dims(self, form: str, at: tuple[int, ...], n: int, v: Var) -> list[Any]:
+        """The sizes of an input: batch axes as symbols."""
+        derivation = self.derivation
+        nb = derivation.batch_ndim
+        shape: list[Any] = [int(s) for s in v.val.shape]
+        n -= 1
+        if n < 0:
+            return [*self.symbols, *shape[nb:]]
+        if n < len(derivation.inputs):
+            own = self.shapes[n]
+            if own is not None:
+                return list(own)
+            arrangement = derivation.inputs[n]
+        else:
+            n -= len(derivation.inputs)
+            if form == "push":
+                arrangement = derivation.operand(n)
+            elif n == 0:
+                arrangement = derivation.outputs[at[0]]
+            else:
+                arrangement = derivation.operand(at[2])
+        assert arrangement is not None
+        lead = arrangement.lead(v)
+        for axis, symbol in enumerate(self.symbols):
+            if shape[lead + axis] != 1:
+                shape[lead + axis] = symbol
+        return shape
+
+    def _trace(
+        self, program: Program, dims: list[list[Any]], dtypes: list[torch.dtype]
+    ) -> fx.GraphModule | None:
+        x, tensors = self.point
+        generator = torch.Generator().manual_seed(0)
+        sizes = dict(zip(self.symbols, x.shape, strict=False))
+        inputs = [x, *tensors]
+        for shape, dtype in zip(dims[len(inputs) :], dtypes[len(inputs) :], strict=True):
+            drawn = torch.randn(
+                [int(sizes.get(s, s)) for s in shape], generator=generator, dtype=torch.float64
+            )
+            inputs.append(drawn.to(x.device, dtype))
+        longest = max((s for d in dims[1 + len(tensors) :] for s in d[:1] if isinstance(s, int)), default=1)
+        ways = [Way(batched=True), Way()] if longest <= _UNROLLED else [Way(batched=True)]
+        for way in ways:
+            try:
+                traced = _batched.trace_batched(
+                    program.on(way), self.symbols, dims, dtypes, x.device
+                )
+                self._check(traced, program, inputs, dims)
+            except Exception:  # whatever the reason, the exact way at run time is left
+                continue
+            return traced
+        return None
+
+    def _check(
+        self,
+        traced: fx.GraphModule,
+        program: Program,
+        inputs: list[torch.Tensor],
+        dims: list[list[Any]],
+    ) -> None:
+        """The trace agrees with the untraced derivative, for the first and last direction."""
+        given = list(inputs)
+        first = 1 + len(self.derivation.inputs)
+        lead = 0
+        for n in range(first, len(inputs)):
+            rank = len(dims[n])
+            count = rank - self._rank(program, n - first)
+            lead = max(lead, count)
+            for axis in range(count):
+                if given[n].shape[axis] > 1:
+                    ends = torch.tensor([0, given[n].shape[axis] - 1], device=given[n].device)
+                    given[n] = given[n].index_select(axis, ends)
+        with torch.no_grad():
+            got = traced(*inputs)
+        want = program.on(Way())(*given)
+        for a, b in zip(_list(got), _list(want), strict=True):
+            for axis in range(lead):
+                if a.shape[axis] != b.shape[axis]:
+                    ends = torch.tensor([0, a.shape[axis] - 1], device=a.device)
+                    a = a.index_select(axis, ends)
+            if not agree(a, b):
+                raise Untraceable
+
+    def _rank(self, program: Program, n: int) -> int:
+        derivation = self.derivation
+        if program.form == "push":
+            arrangement = derivation.operand(n)
+        elif n == 0:
+            arrangement = derivation.outputs[program.at[0]]
+        else:
+            arrangement = derivation.operand(program.at[2])
+        return derivation.batch_ndim + len(arrangement.event)
+
+
+class Program:
+    """A form as a function of tensors alone: x, the inputs, then adjoints and tangents.  Called,
+    it differentiates by autograd: the exact slower way."""
+
+    def __init__(
+        self, derivation: Derivation, form: str, at: tuple[int, ...], count: int, op: str
+    ) -> None:
+        self.derivation, self.form, self.at, self.count, self.op = derivation, form, at, count, op
+        self.many = form in ("values", "pull")
+        self.__name__ = f"{form}_by_autograd"
+        self.__qualname__ = self.__name__
+        self.__module__ = __name__
+
+    def on(self, way: Way) -> Any:
+        """The function itself."""
+
+        def run(x: torch.Tensor, *rest: torch.Tensor) -> Any:
+            tensors, extra = rest[: self.count], rest[self.count :]
+            d = self.derivation
+            with torch.inference_mode(False), torch.enable_grad():
+                if self.form == "values":
+                    return d.values(x, tensors)
+                if self.form == "pull":
+                    return d.pull(way, *self.at, x, tensors, *extra)
+                if self.form == "push":
+                    return d.push(way, *self.at, x, tensors, extra)
+                return d.curve(way, *self.at, x, tensors, *extra)
+
+        return run
+
+    def __call__(self, *inputs: torch.Tensor) -> Any:
+        if inputs[0].device.type == "meta":
+            return self._stand_in(*inputs)
+        keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+        with torch.inference_mode(False):
+            given = [t.clone() if t.is_inference() else t for t in inputs]
+            out = self.on(Way(keep=keep))(*given)
+            if keep:
+                return out
+            return [t.detach() for t in out] if self.many else out.detach()
+
+    def _stand_in(self, x: torch.Tensor, *rest: torch.Tensor) -> Any:
+        """The shape of the result, for the graph under construction."""
+        d = self.derivation
+        nb = d.batch_ndim
+        tensors, extra = rest[: self.count], rest[self.count :]
+
+        def like(arrangement: Any, lead: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+            batch = [n if k in arrangement.batches else 1 for k, n in enumerate(x.shape[:nb])]
+            return torch.empty([*lead, *batch, *arrangement.event], dtype=dtype, device="meta")
+
+        def dtype_of(i: int) -> torch.dtype:
+            return tensors[d.operands[i]].dtype
+
+        if self.form == "values":
+            return [like(a, (), t) for a, t in zip(d.outputs, d.types, strict=True)]
+        if self.form == "push":
+            leads = [t.shape[: d.operand(i).lead(t)] for i, t in enumerate(extra)]
+            k = self.at[0]
+            return like(d.outputs[k], torch.broadcast_shapes(*leads), d.types[k])
+        g = extra[0]
+        lead = g.shape[: d.outputs[self.at[0]].lead(g)]
+        if self.form == "pull":
+            return [like(d.operand(i), lead, dtype_of(i)) for i in range(len(d.operands))]
+        t = extra[1]
+        lead = torch.broadcast_shapes(lead, t.shape[: d.operand(self.at[2]).lead(t)])
+        return like(d.operand(self.at[1]), lead, dtype_of(self.at[1]))
+
+
+def _list(value: Any) -> list[torch.Tensor]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def agree(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two results are the same up to rounding; what is not finite must coincide."""
+    if a.shape != b.shape:
+        return False
+    if not (a.is_floating_point() or a.is_complex()):
+        return bool(torch.equal(a, b))
+    eps = torch.finfo(a.dtype).eps
+    tolerance = eps**0.5 if eps > 1e-10 else 1e-9
+    finite = b[b.isfinite()].abs()
+    scale = max(1.0, float(finite.max())) if finite.numel() else 1.0
+    return bool(torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True))
+
+
+def slow_nodes(graph: fx.Graph) -> tuple[str, ...]:
+    """A sentence for each operation whose derivatives are taken by autograd at run time."""
+    found = dict.fromkeys(
+        str(node.meta.get(ORIGIN) or node.target.op)
+        for node in graph.nodes
+        if isinstance(node.target, Program)
+    )
+    return tuple(
+        f"slower, at run time by autograd (it cannot be traced): {where}" for where in found
+    )
+
+
+# --- copying a trace --------------------------------------------------------------------------------
+
+_aten = torch.ops.aten
+_SAME = frozenset({_aten.detach.default, _aten.alias.default, _aten.lift_fresh_copy.default})
+_VIEWS = frozenset({_aten.view.default, _aten._unsafe_view.default})
+
+
+def splice(emitter: Emitter, traced: fx.GraphModule, inputs: Sequence[Var]) -> Any:
+    """Copy the nodes of a trace; the result is a Var or a list of them.
+
+    Saved results that autograd detached are what they are, so that gradients flow through; and
+    a view of a tensor of the traced strides is a reshape of one of any strides.
+    """
+    values: dict[fx.Node, Any] = {}
+    remaining = list(inputs)
+    strided = any(n.target is _aten.as_strided.default for n in traced.graph.nodes)
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            value = remaining.pop(0)
+            if strided and isinstance(value.val, torch.Tensor):
+                value = emitter.call(
+                    _aten.clone.default, value, memory_format=torch.contiguous_format
+                )
+            values[node] = value
+            continue
+        if node.op == "get_attr":
+            values[node] = _constant(emitter, getattr(traced, str(node.target)), inputs[0])
+            continue
+        args = fx.node.map_arg(node.args, values.__getitem__)
+        kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
+        if node.op == "output":
+            (result,) = args
+            return list(result) if isinstance(result, (list, tuple)) else result
+        if node.target in _SAME and not node.meta.get(_batched.KEPT):
+            values[node] = args[0]
+        elif node.target in _VIEWS:
+            values[node] = emitter.call(_aten.reshape.default, *args)
+        elif node.target is operator.getitem and not isinstance(args[0], Var):
+            values[node] = args[0][args[1]]
+        elif node.target is torch.ops.fxhess.function.default:
+            tensors, token = args
+            values[node] = emitter.call(call_of(token), *tensors)
+        else:
+            values[node] = emitter.call(node.target, *args, **kwargs)
+    raise Untraceable("a trace without a result")
+
+
+def _constant(emitter: Emitter, tensor: torch.Tensor, like: Var) -> Var:
+    """A number that the trace made."""
+    if tensor.numel() != 1:
+        raise FxhessError("a trace holds a tensor of its own")
+    out = emitter.call(
+        _aten.full.default, list(tensor.shape), tensor.item(), dtype=tensor.dtype,
+        device=tensor.device,
+    )
+    out.node.meta["val"] = to_meta(tensor)
+    return out

@@ -1,0 +1,444 @@
+"""Operations without a rule: their derivatives are PyTorch's own, their axes found by looking.
+
+*Needs* captured operations (one, or several that hang together through complex numbers).  *Gives*
+canonical values of kind smooth, linear or zero, made of plain operations::
+
+    det: [s, 3, 3] -> [s]        ==>        _linalg_det of x: [B, 3, 3], with
+                                            pull(g) = det's vjp, push = its vjp, curve = the vjp's vjp
+
+Which axes of the results are the batch is read off their symbolic sizes; that samples stay apart is
+tried on the model's own values: the operation of one sample must give that sample of the operation.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from fxhess import _batched, _torch, kinds
+from fxhess.arrangement import Arrangement
+from fxhess.capture import Captured
+from fxhess.derive import Derivation
+from fxhess.emit import ORIGIN, Var
+from fxhess.errors import FxhessError, Origin, UnsupportedOpError
+from fxhess.facts import fact
+from fxhess.functions import called, differentiable
+from fxhess.passes.layout import Atom, Laid, Layouts
+from fxhess.passes.signatures import Raw
+from fxhess.splice import Splicer, agree
+
+_PROBE_SIZES = (3, 2)  # of the first and of every further batch axis
+_NOISE = (0.05, 1e-3)  # relative: how far the probe's samples are from those of x
+_MAX_CANDIDATES = 24
+
+
+class Opaque:
+    """Rewrites captured operations without a rule; made once for a captured graph."""
+
+    def __init__(
+        self, captured: Captured, layouts: Layouts, x: torch.Tensor, fallback: str
+    ) -> None:
+        self.captured = captured
+        self.layouts = layouts
+        self.strict = fallback == "error"
+        self.probe = _Probe(captured, x)
+
+    def rewrite(self, nodes: Sequence[fx.Node], values: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
+        """Canonical values of the results of ``nodes``, given those of what they need."""
+        nodes = _with_items(nodes)
+        region = _Region.of(nodes, self.captured)
+        origin = region.origin
+        self.layouts.origin = origin
+        given = [values[n] for n in region.inputs]
+        for value in given:
+            if isinstance(value, Laid) and value.summed:
+                raise self.layouts.mixing("is not known to be linear in a sum over the batch")
+        self._refuse_random(nodes, origin)
+        x, tensors = self.probe.run(region)
+        arranged = [self._arrangement(n, v) for n, v in zip(region.inputs, given, strict=True)]
+        outputs = self._outputs(region, arranged, tensors)
+        operands = tuple(
+            i
+            for i, v in enumerate(given)
+            if isinstance(v, Laid) and v.var.dtype.is_floating_point
+        )
+        derivation = Derivation(
+            region,
+            tuple(a if isinstance(v, Laid) else None for a, v in zip(arranged, given, strict=True)),
+            operands,
+            outputs,
+            tuple(n.meta["val"].dtype for n in region.outputs),
+            self.layouts.nb,
+        )
+        point = [
+            t if a is None else a.canonical(t, self.probe.sizes)
+            for t, a in zip(tensors, derivation.inputs, strict=True)
+        ]
+        return self._write(region, derivation, given, (x, point))
+
+    def _refuse_random(self, nodes: Sequence[fx.Node], origin: Origin) -> None:
+        for node in nodes:
+            tags = getattr(node.target, "tags", ())
+            if torch.Tag.nondeterministic_seeded in tags:
+                raise UnsupportedOpError(
+                    f"{node.target} draws random numbers and has no rule", where=origin
+                )
+
+    # --- axes -------------------------------------------------------------------------------------
+
+    def _arrangement(self, node: fx.Node, value: Any) -> Arrangement:
+        if isinstance(value, Laid):
+            groups = tuple(
+                tuple((a.batch, 0 if a.batch is not None else a.size) for a in group)
+                for group in value.groups
+            )
+            return Arrangement(self.layouts.nb, groups)
+        for arrangement in self._candidates(value.shape, []):
+            return arrangement
+        raise self.layouts.mixing(f"takes a tensor of shape {list(value.shape)}")
+
+    def _candidates(
+        self, shape: Sequence[Any], known: Sequence[Arrangement]
+    ) -> Iterator[Arrangement]:
+        """Ways to read the sizes of a tensor as batch and event axes, likely ones first."""
+        axes = [list(self._readings(size, known)) for size in shape]
+        for groups in itertools.islice(itertools.product(*axes), _MAX_CANDIDATES):
+            batches = [k for group in groups for k, _ in group if k is not None]
+            if len(set(batches)) == len(batches):
+                yield Arrangement(self.layouts.nb, tuple(groups))
+
+    def _readings(self, size: Any, known: Sequence[Arrangement]) -> Iterator[Any]:
+        """What an axis of this size can be made of."""
+        expression = sympy.sympify(size)
+        symbols = self.layouts.symbols
+        seen = []
+        for arrangement in known:
+            for group in arrangement.groups:
+                batched = any(k is not None for k, _ in group)
+                if batched and self._extent(group) == expression and group not in seen:
+                    seen.append(group)
+                    yield group
+        if expression.is_Integer:
+            for k, symbol in enumerate(symbols):  # the model was made for this batch size
+                if symbol == expression and not seen:
+                    yield ((k, 0),)
+            yield ((None, int(expression)),)
+            return
+        number, rest = expression.as_coeff_Mul()
+        factors = [k for k, s in enumerate(symbols) if s in rest.free_symbols]
+        if rest != sympy.Mul(*(symbols[k] for k in factors)) or not number.is_Integer:
+            return  # not a product: no reading
+        parts: list[tuple[int | None, int]] = [(k, 0) for k in factors]
+        if number != 1:
+            parts.append((None, int(number)))
+        for order in itertools.permutations(parts):
+            if order not in seen:
+                yield order
+
+    def _extent(self, group: Sequence[tuple[int | None, int]]) -> Any:
+        symbols = self.layouts.symbols
+        return sympy.Mul(*(n if k is None else symbols[k] for k, n in group))
+
+    # --- samples apart ----------------------------------------------------------------------------
+
+    def _outputs(
+        self,
+        region: _Region,
+        inputs: Sequence[Arrangement],
+        tensors: Sequence[torch.Tensor],
+    ) -> tuple[Arrangement, ...]:
+        """The arrangement of each result under which samples are apart."""
+        sizes = self.probe.sizes
+        ones = (1,) * self.layouts.nb
+        whole = region(tensors, sizes, False)
+        present = {k for a in inputs for k in a.batches}
+        alone = []
+        if present:
+            canonical = [a.canonical(t, sizes) for a, t in zip(inputs, tensors, strict=True)]
+            for index in itertools.product(*map(range, sizes)):
+                sample = [
+                    a.captured(_take(t, index), ones) for a, t in zip(inputs, canonical, strict=True)
+                ]
+                alone.append((index, region(sample, ones, False)))
+        found = []
+        for i, node in enumerate(region.outputs):
+            shape = [_torch.size_expression(s) for s in node.meta["val"].shape]
+            for arrangement in self._candidates(shape, inputs):
+                samples = [(index, results[i]) for index, results in alone]
+                if set(arrangement.batches) == present and self._apart(
+                    arrangement, whole[i], samples
+                ):
+                    found.append(arrangement)
+                    break
+            else:
+                raise self.layouts.mixing("gives a sample other values in a batch than alone")
+        return tuple(found)
+
+    def _apart(
+        self,
+        arrangement: Arrangement,
+        whole: torch.Tensor,
+        alone: Sequence[tuple[tuple[int, ...], torch.Tensor]],
+    ) -> bool:
+        ones = (1,) * self.layouts.nb
+        canonical = arrangement.canonical(whole, self.probe.sizes)
+        return all(
+            agree(_take(canonical, index), arrangement.canonical(part, ones))
+            for index, part in alone
+        )
+
+    # --- writing ----------------------------------------------------------------------------------
+
+    def _write(
+        self,
+        region: _Region,
+        derivation: Derivation,
+        given: Sequence[Any],
+        point: tuple[torch.Tensor, list[torch.Tensor]],
+    ) -> dict[fx.Node, Any]:
+        layouts = self.layouts
+        assert layouts.x is not None
+        shapes = tuple(v.shape if isinstance(v, Raw) else None for v in given)
+        splicer = Splicer(
+            derivation, shapes, self.captured.symbols, point, region.origin, self.strict
+        )
+        vars_ = [v.var for v in given]
+        results = splicer.values(layouts.x, vars_)
+        found: dict[fx.Node, Any] = {}
+        operands = [vars_[i] for i in derivation.operands]
+        args = (layouts.x, *vars_)
+        for k, (node, var, arrangement) in enumerate(
+            zip(region.outputs, results, derivation.outputs, strict=True)
+        ):
+            if fact(var.node) is not None or any(var.node is v.node for v in vars_):  # an operand passed on as it is
+                var = layouts.emitter.call(torch.ops.aten.alias.default, var)
+            kind = self._kind(splicer, k, region.origin)
+            if isinstance(kind, kinds.Zero):
+                layouts.annotate(var, kind, [], [])
+            else:
+                axes = [(None,) * len(derivation.operand(i).event) for i in range(len(operands))]
+                layouts.annotate(var, kind, operands, axes, args)
+            groups = tuple(
+                tuple(Atom(n) if b is None else Atom(0, b) for b, n in group)
+                for group in arrangement.groups
+            )
+            found[node] = Laid(var, groups)
+        return found
+
+    def _kind(self, splicer: Splicer, k: int, origin: Origin) -> Any:
+        """How output k differentiates: tried by double backward at the probe."""
+        order = _order(splicer.derivation, k, *splicer.point, origin)
+        if order == 0:
+            return kinds.Zero()
+
+        def pull(g: Var, c: kinds.Call) -> list[Var]:
+            return splicer.pull(k, c.args[0], c.args[1:], g)
+
+        def push(c: kinds.Call, *ts: Var) -> Var:
+            return splicer.push(k, c.args[0], c.args[1:], ts)
+
+        def curve(c: kinds.Call, g: Var, i: int, j: int, t: Var) -> Var:
+            return splicer.curve(k, i, j, c.args[0], c.args[1:], g, t)
+
+        if order == 1:
+            return kinds.Linear(pull, push)
+        return kinds.Smooth(push, pull, curve)
+
+
+def _order(
+    derivation: Derivation, k: int, x: torch.Tensor, tensors: list[torch.Tensor], origin: Origin
+) -> int:
+    """0 if no derivative flows through output k, 1 if it is linear, else 2.
+
+    Raises:
+        UnsupportedOpError: PyTorch has no first or second derivative of it.
+    """
+    dtype = derivation.types[k]
+    if not derivation.operands or not dtype.is_floating_point:
+        return 0
+    with torch.inference_mode(False), torch.enable_grad():
+        tensors = [t.clone() for t in tensors]
+        _, y, xs = derivation._run(k, x.clone(), tensors)
+        if not y.requires_grad:
+            return 0
+        g = torch.ones_like(y, requires_grad=True)
+        times = "first"
+        try:
+            ps = torch.autograd.grad(y, xs, g, create_graph=True, allow_unused=True)
+            known = [p for p in ps if p is not None and p.requires_grad]
+            if all(p is None for p in ps):
+                if "NotImplemented" in type(y.grad_fn).__name__:
+                    raise RuntimeError("it is not implemented")
+                return 0
+            if not known:
+                return 1
+            times = "second"
+            ones = [torch.ones_like(p) for p in known]
+            cs = torch.autograd.grad(known, xs, ones, allow_unused=True, retain_graph=True)
+            torch.autograd.grad(known, [g], ones, allow_unused=True)
+        except FxhessError:
+            raise
+        except Exception as error:
+            message = " ".join(str(error).split())[:200]
+            raise UnsupportedOpError(
+                f"PyTorch cannot take the {times} derivative of {origin.op}: {message}",
+                where=origin,
+                hint="write its backward of differentiable operations (no once_differentiable),"
+                " or register a rule: fxhess.register_rule",
+            ) from error
+        return 1 if all(c is None for c in cs) else 2
+
+
+# --- what was captured ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Region:
+    """Captured operations as one function of captured tensors: see :class:`Derivation`."""
+
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    symbols: tuple[Any, ...]
+    origin: Origin
+
+    @classmethod
+    def of(cls, nodes: Sequence[fx.Node], captured: Captured) -> _Region:
+        inside = set(nodes)
+        inputs = dict.fromkeys(
+            operand
+            for node in nodes
+            for operand in node.all_input_nodes
+            if operand not in inside and isinstance(operand.meta.get("val"), torch.Tensor)
+        )
+        outputs = [
+            node
+            for node in nodes
+            if isinstance(node.meta.get("val"), torch.Tensor)
+            and any(user not in inside for user in node.users)
+        ]
+        first = next((n for n in nodes if n.meta.get(ORIGIN)), nodes[0])
+        origin = first.meta.get(ORIGIN) or Origin(str(first.target))
+        call = called(first)
+        if call is not None:
+            origin = replace(origin, op=f"{call.__module__}.{call.__qualname__}")
+        return cls(tuple(nodes), tuple(inputs), tuple(outputs), captured.symbols, origin)
+
+    def __call__(
+        self, tensors: Sequence[torch.Tensor], sizes: Sequence[Any], differentiate: bool
+    ) -> list[torch.Tensor]:
+        values: dict[fx.Node, Any] = dict(zip(self.inputs, tensors, strict=True))
+        known = dict(zip(self.symbols, sizes, strict=True))
+
+        def value(node: fx.Node) -> Any:
+            if node in values:
+                return values[node]
+            return _batched.evaluate(_torch.size_expression(node.meta["val"]), known)
+
+        for node in self.nodes:
+            args = fx.node.map_arg(node.args, value)
+            kwargs = fx.node.map_arg(node.kwargs, value)
+            target = differentiable(node.target) if differentiate else node.target
+            values[node] = target(*args, **kwargs)  # type: ignore[operator]
+        return [values[node] for node in self.outputs]
+
+
+class _Probe:
+    """The model run on a few samples near those of x: where its operations are tried."""
+
+    def __init__(self, captured: Captured, x: torch.Tensor) -> None:
+        self.captured = captured
+        nb = captured.batch_ndim
+        self.sizes = tuple(
+            int(s) if getattr(s, "is_number", True) else _PROBE_SIZES[min(k, 1)]
+            for k, s in enumerate(captured.sizes)
+        )
+        self._noise = _NOISE if nb else (0.0, *_NOISE)
+        self._xs = [self._sample(x, noise) for noise in self._noise]
+        self._values: list[dict[fx.Node, Any]] = [{} for _ in self._noise]
+
+    def _sample(self, x: torch.Tensor, noise: float) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        x = x.detach()
+        for axis, n in enumerate(self.sizes):
+            if x.shape[axis] == 0:
+                shape = [*x.shape[:axis], n, *x.shape[axis + 1 :]]
+                x = torch.randn(shape, generator=generator).to(x)
+            x = x.index_select(axis, torch.arange(n, device=x.device) % x.shape[axis])
+        scale = float(x.abs().mean()) if x.numel() else 1.0
+        scale = scale if 0 < scale < float("inf") else 1.0
+        drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        return x + (noise * scale * drawn).to(x)
+
+    def run(self, region: _Region) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """An x and the operands of the region there, such that its results are finite if they
+        are anywhere."""
+        found = None
+        failure: Exception | None = None
+        for x, values in zip(self._xs, self._values, strict=True):
+            try:
+                with torch.inference_mode(False), torch.no_grad():
+                    tensors = self._operands(region, x.clone(), values)
+                    results = region(tensors, self.sizes, False)
+            except FxhessError:
+                raise
+            except Exception as error:
+                failure = error
+                continue
+            found = (x, tensors)
+            if all(bool(r.isfinite().all()) for r in results):
+                break
+        if found is None:
+            raise UnsupportedOpError(
+                f"{region.origin.op} has no rule, and trying it on samples near those of x failed: "
+                f"{' '.join(str(failure).split())[:200]}",
+                where=region.origin,
+                hint="specialize on an x on which the model runs: hess.specialize(x)",
+            ) from failure
+        return found
+
+    def _operands(
+        self, region: _Region, x: torch.Tensor, values: dict[fx.Node, Any]
+    ) -> list[torch.Tensor]:
+        if not values:
+            places = [n for n in self.captured.graph_module.graph.nodes if n.op == "placeholder"]
+            tensors = [t.detach() for t in self.captured.tensors]
+            values.update(zip(places, [x, *tensors], strict=True))
+        for node in _ancestors(region.inputs):
+            if node not in values:
+                args = fx.node.map_arg(node.args, values.__getitem__)
+                kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return [values[node] for node in region.inputs]
+
+
+def _take(t: torch.Tensor, index: Sequence[int]) -> torch.Tensor:
+    """One sample of a canonical tensor, its batch axes kept."""
+    return t[tuple(slice(i, i + 1) if t.shape[k] > 1 else slice(None) for k, i in enumerate(index))]
+
+
+def _with_items(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """Also the single results of operations with several."""
+    found = list(nodes)
+    for node in nodes:
+        if not isinstance(node.meta.get("val"), torch.Tensor):
+            found += [user for user in node.users if user not in found]
+    return found
+
+
+def _ancestors(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """What the nodes need, and they themselves, in order."""
+    needed: set[fx.Node] = set()
+    queue = list(nodes)
+    while queue:
+        node = queue.pop()
+        if node not in needed:
+            needed.add(node)
+            queue += node.all_input_nodes
+    return [n for n in nodes[0].graph.nodes if n in needed] if nodes else []
