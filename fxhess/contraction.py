@@ -121,6 +121,29 @@ def _best_path(
     return [tuple(p) for p in path]
 
 
+def _ones_between(
+    labels: Sequence[Label | None], want: Sequence[Label | None]
+) -> tuple[tuple[int, ...], list[int]]:
+    """Axes of size 1 to drop from ``labels``, then to insert (in order), to read as ``want``;
+    both name the same labels in the same order."""
+    dropped: list[int] = []
+    inserted: list[int] = []
+    at = 0
+    for axis, wanted in enumerate(want):
+        if wanted is None:
+            if at < len(labels) and labels[at] is None:
+                at += 1
+            else:
+                inserted.append(axis)
+            continue
+        while labels[at] != wanted:
+            dropped.append(at)
+            at += 1
+        at += 1
+    dropped += range(at, len(labels))
+    return tuple(dropped), inserted
+
+
 class _Writer:
     """Writes single steps of a contraction."""
 
@@ -141,23 +164,13 @@ class _Writer:
             labels = [None] * len(ones) + order  # type: ignore[list-item]
         if [a if a in labels else None for a in target] == labels:
             return var
-        index: list[Any] = []
-        at = 0
-        for wanted in target:
-            if wanted is None or wanted not in order:
-                if at < len(labels) and labels[at] is None:
-                    index.append(slice(None))
-                    at += 1
-                else:
-                    index.append(None)
-                continue
-            while labels[at] != wanted:
-                index.append(0)
-                at += 1
-            index.append(slice(None))
-            at += 1
-        index += [0] * (len(labels) - at)
-        return var[tuple(index)]  # type: ignore[no-any-return]
+        want = [a if a in order else None for a in target]
+        dropped, inserted = _ones_between(labels, want)
+        if dropped:
+            var = torch.squeeze(var, dropped)
+        for axis in inserted:
+            var = torch.unsqueeze(var, axis)
+        return var
 
     def reduce(self, operand: _Operand, needed: set[Label]) -> _Operand:
         """Sum over the labels that nothing else needs."""
@@ -234,7 +247,7 @@ class _Writer:
         right = right if right.dtype == dtype else right.to(dtype)
         result = torch.matmul(left, right)
         if vector:
-            result = result[(..., 0)]
+            result = torch.squeeze(result, -1)
         if m > 1:
             result = torch.unflatten(result, -1, self._lengths(only_b, size))
         if s and rows > 1:

@@ -34,10 +34,25 @@ def simplify(graph: fx.Graph) -> fx.Graph:
         if known is not node:
             node.replace_all_uses_with(known)
             graph.erase_node(node)
+    _cancel_views(graph)
     for node in reversed(list(graph.nodes)):
         if not node.users and node.op in CALLS and not changes_operands(node):
             graph.erase_node(node)
     return graph
+
+
+def _cancel_views(graph: fx.Graph) -> None:
+    """An axis of size 1 that is inserted and dropped again need not be inserted."""
+    for node in graph.nodes:
+        if node.target is not torch.squeeze or len(node.args) != 2:
+            continue
+        inner, dims = node.args
+        if not (isinstance(inner, fx.Node) and inner.target is torch.unsqueeze):
+            continue
+        rank = inner.meta[VAL].ndim
+        dropped = [dims] if isinstance(dims, int) else list(dims)  # type: ignore[call-overload]
+        if [d % rank for d in dropped] == [inner.args[1] % rank]:  # type: ignore[operator]
+            node.replace_all_uses_with(inner.args[0])
 
 
 def is_repeatable(node: fx.Node) -> bool:
