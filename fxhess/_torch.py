@@ -101,6 +101,14 @@ def _trace_fake(
     return Traced(graph_module, symbols, replaced, tuple(g.expr for g in env.guards))
 
 
+def stand_in(x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """A tensor like x to trace with, of any size: it has no memory where that is possible."""
+    if not HAVE_FAKE_TENSORS:
+        return x.new_empty(tuple(sizes))
+    with FakeTensorMode():
+        return torch.empty(tuple(sizes), dtype=x.dtype, device=x.device)
+
+
 def writes_in_place(graph: fx.Graph) -> bool:
     """Whether the graph holds in-place operations: the operators that PyTorch itself composes of
     others (recurrent layers, circular padding) are traced below functionalization."""
