@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fxhess.registry import aten, composite, elementwise
 from fxhess.rules.elementwise import mask
 
-# --- piecewise linear: the second derivative is zero ---------------------------------------------
+# --- piecewise linear: the second derivative is zero --------------------------------------------
 
 elementwise(aten.relu.default, lambda y, x: mask(x > 0, x))
 elementwise(aten.threshold.default, lambda y, x, threshold, value: mask(x > threshold, x))
@@ -63,7 +63,7 @@ def rrelu_with_noise_functional(
     return rrelu_with_noise(self, noise, *args, **kwargs), noise
 
 
-# --- exponential on the left ----------------------------------------------------------------------
+# --- exponential on the left --------------------------------------------------------------------
 
 
 def _decay(x: Any, rate: float) -> Any:
@@ -86,7 +86,7 @@ def celu(self: torch.Tensor, alpha: float = 1.0) -> torch.Tensor:
     return torch.ops.aten.elu.default(self, alpha, 1.0, 1.0 / alpha)
 
 
-# --- smooth -----------------------------------------------------------------------------------------
+# --- smooth -------------------------------------------------------------------------------------
 
 
 def _bell(z: Any) -> Any:

@@ -25,7 +25,7 @@ def mask(condition: Any, like: Any) -> Any:
     return condition.to(like.dtype)
 
 
-# --- linear -----------------------------------------------------------------------------------
+# --- linear -------------------------------------------------------------------------------------
 
 elementwise(aten.neg.default, -1)
 elementwise(aten.add.Tensor, (1, lambda y, a, b, alpha=1: alpha))
@@ -81,6 +81,11 @@ def addcdiv(
     return self + (quotient if value == 1 else quotient * value)
 
 
+@composite(aten.lerp.Tensor)
+def lerp(self: torch.Tensor, end: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return self + weight * (end - self)
+
+
 @composite(aten.ldexp.Tensor)
 def ldexp(self: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return self * torch.pow(2.0, other)
@@ -92,11 +97,6 @@ elementwise(
     {(0, 1): lambda y, a, b: -1 / b / b, (1, 1): lambda y, a, b: 2 * y / b / b},
 )
 elementwise(aten.div.Scalar, lambda y, a, b: 1 / b)
-elementwise(
-    aten.lerp.Tensor,
-    (lambda y, a, b, w: 1 - w, lambda y, a, b, w: w, lambda y, a, b, w: b - a),
-    {(0, 2): -1, (1, 2): 1},
-)
 elementwise(aten.reciprocal.default, lambda y, x: -y * y, lambda y, x: 2 * y * y * y)
 elementwise(aten.sqrt.default, lambda y, x: 0.5 / y, lambda y, x: -0.25 / (x * y))
 elementwise(
@@ -174,7 +174,7 @@ elementwise(
     lambda y, b, p: _log_base(b) ** 2 * y,
 )
 
-# --- exponentials and logarithms ------------------------------------------------------------------
+# --- exponentials and logarithms ----------------------------------------------------------------
 
 elementwise(aten.exp.default, lambda y, x: y, lambda y, x: y)
 elementwise(aten.exp2.default, lambda y, x: LN2 * y, lambda y, x: LN2 * LN2 * y)
@@ -277,7 +277,7 @@ elementwise(
     lambda y, x, eps=None: (2 * x - 1) * torch.square(_logit_slope(x, eps)) * _unclamped(x, eps),
 )
 
-# --- trigonometric and hyperbolic -----------------------------------------------------------------
+# --- trigonometric and hyperbolic ---------------------------------------------------------------
 
 elementwise(aten.sin.default, lambda y, x: torch.cos(x), lambda y, x: -y)
 elementwise(aten.cos.default, lambda y, x: -torch.sin(x), lambda y, x: -y)
@@ -362,109 +362,3 @@ elementwise(
         (1, 1): lambda y, a, b: torch.square(a * _inverse(y)) * _inverse(y),
     },
 )
-
-# --- kinks: follow PyTorch's double backward -----------------------------------------------------
-
-elementwise(aten.abs.default, lambda y, x: torch.sign(x))
-elementwise(aten.copysign.Tensor, (lambda y, a, b: torch.sign(y) * torch.sign(a), 0))
-elementwise(aten.copysign.Scalar, lambda y, a, b: torch.sign(y) * torch.sign(a))
-elementwise(
-    aten.nan_to_num.default,
-    lambda y, x, nan=None, posinf=None, neginf=None: mask(torch.isfinite(x), x),
-)
-
-
-def _larger(a: Any, b: Any) -> Any:
-    """1 where a > b; both sides get half of a tie."""
-    return (mask(a > b, a) + mask(a >= b, a)) / 2
-
-
-def _first_wins(a: Any, b: Any, better: Any) -> Any:
-    return mask(better | torch.isnan(b), a)
-
-
-elementwise(aten.maximum.default, (lambda y, a, b: _larger(a, b), lambda y, a, b: _larger(b, a)))
-elementwise(aten.minimum.default, (lambda y, a, b: _larger(b, a), lambda y, a, b: _larger(a, b)))
-elementwise(
-    aten.fmax.default,
-    (
-        lambda y, a, b: _first_wins(a, b, a >= b),
-        lambda y, a, b: 1 - _first_wins(a, b, a >= b),
-    ),
-)
-elementwise(
-    aten.fmin.default,
-    (
-        lambda y, a, b: _first_wins(a, b, a <= b),
-        lambda y, a, b: 1 - _first_wins(a, b, a <= b),
-    ),
-)
-
-
-def _within(y: Any, x: Any, low: float | None = None, high: float | None = None) -> Any:
-    if low is None:
-        return mask(x <= high, x)
-    return mask(x >= low if high is None else (x >= low) & (x <= high), x)
-
-
-elementwise(aten.clamp.default, _within)
-elementwise(aten.clamp_min.default, _within)
-elementwise(aten.clamp_max.default, lambda y, x, high: mask(x <= high, x))
-elementwise(
-    aten.clamp_min.Tensor,
-    (lambda y, x, low: mask(x >= low, x), lambda y, x, low: mask(x < low, x)),
-)
-elementwise(
-    aten.clamp_max.Tensor,
-    (lambda y, x, high: mask(x <= high, x), lambda y, x, high: mask(x > high, x)),
-)
-
-
-def _one_bound(
-    self: torch.Tensor, min: torch.Tensor | None = None, max: torch.Tensor | None = None
-) -> Any:
-    if max is None:
-        return torch.clamp_min(self, min)  # type: ignore[type-var]
-    return torch.clamp_max(self, max) if min is None else NotImplemented  # type: ignore[type-var]
-
-
-elementwise(
-    aten.clamp.Tensor,
-    (
-        lambda y, x, low, high: mask((x >= low) & (x <= high), x),
-        lambda y, x, low, high: mask((x < low) & (low < high), x),
-        lambda y, x, low, high: mask((x > high) | (high < low), x),
-    ),
-    rewrite=_one_bound,
-)
-
-
-def _quotient(a: Any, b: Any, rounding: str) -> Any:
-    return -torch.div(a, b, rounding_mode=rounding)
-
-
-elementwise(aten.remainder.Tensor, (1, lambda y, a, b: _quotient(a, b, "floor")))
-elementwise(aten.remainder.Scalar, 1)
-elementwise(aten.remainder.Scalar_Tensor, lambda y, a, b: _quotient(a, b, "floor"))
-elementwise(aten.fmod.Tensor, (1, lambda y, a, b: _quotient(a, b, "trunc")))
-elementwise(aten.fmod.Scalar, 1)
-
-# --- choices: selected, never multiplied, so that what is not chosen may be infinite ---------------
-
-linear(
-    aten.where.self,
-    Pointwise(),
-    push=lambda c, s, t: torch.where(c.args[0], s, t),
-    pull=lambda g, c: (torch.where(c.args[0], g, 0.0), torch.where(c.args[0], 0.0, g)),
-    differentiable=("self", "other"),
-)
-
-
-@composite(aten.masked_fill.Scalar)
-def masked_fill(self: torch.Tensor, mask: torch.Tensor, value: float) -> torch.Tensor:
-    return torch.where(mask, torch.full((), value, dtype=self.dtype, device=self.device), self)
-
-
-@composite(aten.masked_fill.Tensor)
-def masked_fill_tensor(self: torch.Tensor, mask: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return torch.where(mask, value.to(self.dtype), self)

@@ -28,7 +28,7 @@ def polynomial(u: Any, *coefficients: float) -> Any:
     return total
 
 
-# --- gamma and zeta -------------------------------------------------------------------------------
+# --- gamma and zeta -----------------------------------------------------------------------------
 
 
 @composite(aten.mvlgamma.default)
@@ -90,7 +90,7 @@ elementwise(
 elementwise(aten.special_zeta.self_scalar, _zeta_slope, _zeta_curvature)
 elementwise(aten.special_zeta.other_scalar, _unknown("zeta"), _unknown("zeta"))
 
-# --- error functions ------------------------------------------------------------------------------
+# --- error functions ----------------------------------------------------------------------------
 
 
 def _gauss(x: Any) -> Any:
@@ -168,7 +168,7 @@ def _log_ndtr_curvature(y: Any, x: Any) -> Any:
 
 elementwise(aten.special_log_ndtr.default, lambda y, x: _mills(x)[0], _log_ndtr_curvature)
 
-# --- sinc -------------------------------------------------------------------------------------------
+# --- sinc ---------------------------------------------------------------------------------------
 
 
 def _sinc_slope(y: Any, z: Any) -> Any:
@@ -194,7 +194,7 @@ elementwise(
     lambda y, x: math.pi**2 * _sinc_curvature(y, math.pi * x),
 )
 
-# --- Bessel functions, A&S 9.6 ----------------------------------------------------------------------
+# --- Bessel functions, A&S 9.6 ------------------------------------------------------------------
 
 
 def _over_x(i1: Any, x: Any) -> Any:

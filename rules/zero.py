@@ -26,6 +26,9 @@ for _name in ("bitwise_and", "bitwise_or", "bitwise_xor"):
 for _name in ("bitwise_left_shift", "bitwise_right_shift"):
     zero(getattr(aten, _name).Tensor)
     zero(getattr(aten, _name).Tensor_Scalar)
+for _name in ("__and__", "__or__", "__xor__", "__lshift__", "__rshift__"):
+    zero(getattr(aten, _name).Tensor)
+    zero(getattr(aten, _name).Scalar)
 for _name in ("isnan", "isinf", "isposinf", "isneginf", "signbit"):
     zero(getattr(aten, _name).default)
 
@@ -163,7 +166,6 @@ for _op in (
     aten.normal_functional.default,
     aten.poisson.default,
     aten.random.default,
-    getattr(aten.random, "from"),
     aten.random.to,
     aten.uniform.default,
 ):
