@@ -223,12 +223,12 @@ _UNLIKELY = (1009, 1013, 1019, 1021, 1031, 1033, 1039, 1049)
 
 
 def _examples(x: torch.Tensor, batch_ndim: int) -> Iterator[torch.Tensor]:
-    """Stand-ins for x to trace with (their memory is never touched): of unlikely batch sizes,
-    and, for models that were written for one batch size, of x's own."""
+    """Stand-ins for x to trace with: of unlikely batch sizes, and, for models that were written
+    for one batch size, of x's own."""
     event = x.shape[batch_ndim:]
     if batch_ndim:
-        yield x.new_empty((*_UNLIKELY[:batch_ndim], *event))
-    yield x.new_empty((*(max(2, n) for n in x.shape[:batch_ndim]), *event))
+        yield _torch.stand_in(x, (*(_UNLIKELY * batch_ndim)[:batch_ndim], *event))
+    yield _torch.stand_in(x, (*(max(2, n) for n in x.shape[:batch_ndim]), *event))
 
 
 @contextmanager
