@@ -1,11 +1,12 @@
 """Cells of recurrent layers that PyTorch computes in one kernel; elsewhere these layers are
-captured as the plain operations that they are made of."""
+captured as the plain operations that they are made of; the gates are cut apart *unsafely*."""
 
 from __future__ import annotations
 
 import torch
 
 from fxhess.registry import aten, composite
+from fxhess.rules.shape import split
 
 Maybe = torch.Tensor | None
 
@@ -41,3 +42,6 @@ def gru_cell(
     r, z = torch.sigmoid(ir + hr), torch.sigmoid(iz + hz)
     n = torch.tanh(inew + r * hnew)
     return n + z * (hx - n), input_gates
+
+
+composite(aten.unsafe_split.Tensor)(split)
