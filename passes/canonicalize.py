@@ -29,6 +29,7 @@ from fxhess.functions import called
 from fxhess.passes import signatures
 from fxhess.passes.layout import Atom, Laid, Layouts
 from fxhess.passes.opaque import Opaque
+from fxhess.passes.region import units
 from fxhess.passes.signatures import Bound, Raw
 from fxhess.registry import Rule, find
 
@@ -84,9 +85,12 @@ class _Walk:
             var = self.emitter.placeholder(_identifier(name), stand_in)
             self.values[node] = Raw(var, tuple(val.shape))
         needed = _ancestors(self.captured.output)
-        for node in nodes:
-            if node in needed and node.op == "call_function" and node not in self.values:
-                self.values[node] = self._step(node)
+        steps = [n for n in nodes if n in needed and n.op == "call_function"]
+        for unit in units(self.captured, steps):
+            if len(unit) > 1:
+                self.values.update(self.opaque.rewrite(unit, self.values))
+            elif unit[0] not in self.values:
+                self.values[unit[0]] = self._step(unit[0])
         return self._leave(self.values[self.captured.output], x.device)
 
     def _enter_x(self, node: fx.Node, x: torch.Tensor) -> None:

@@ -14,27 +14,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
-from fxhess import _batched, _torch, kinds
+from fxhess import _torch, kinds
 from fxhess.arrangement import Arrangement
 from fxhess.capture import Captured
 from fxhess.derive import Derivation
-from fxhess.emit import ORIGIN, Var
+from fxhess.emit import Var
 from fxhess.errors import FxhessError, Origin, UnsupportedOpError
 from fxhess.facts import fact
-from fxhess.functions import called, differentiable
 from fxhess.passes.layout import Atom, Laid, Layouts
+from fxhess.passes.region import Probe, Region, with_items
 from fxhess.passes.signatures import Raw
 from fxhess.splice import Splicer, agree
 
-_PROBE_SIZES = (3, 2)  # of the first and of every further batch axis
-_NOISE = (0.05, 1e-3)  # relative: how far the probe's samples are from those of x
 _MAX_CANDIDATES = 24
 
 
@@ -47,12 +44,12 @@ class Opaque:
         self.captured = captured
         self.layouts = layouts
         self.strict = fallback == "error"
-        self.probe = _Probe(captured, x)
+        self.probe = Probe(captured, x)
 
     def rewrite(self, nodes: Sequence[fx.Node], values: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
         """Canonical values of the results of ``nodes``, given those of what they need."""
-        nodes = _with_items(nodes)
-        region = _Region.of(nodes, self.captured)
+        nodes = with_items(nodes)
+        region = Region.of(nodes, self.captured)
         origin = region.origin
         self.layouts.origin = origin
         given = [values[n] for n in region.inputs]
@@ -149,7 +146,7 @@ class Opaque:
 
     def _outputs(
         self,
-        region: _Region,
+        region: Region,
         inputs: Sequence[Arrangement],
         tensors: Sequence[torch.Tensor],
     ) -> tuple[Arrangement, ...]:
@@ -197,7 +194,7 @@ class Opaque:
 
     def _write(
         self,
-        region: _Region,
+        region: Region,
         derivation: Derivation,
         given: Sequence[Any],
         point: tuple[torch.Tensor, list[torch.Tensor]],
@@ -279,6 +276,7 @@ def _order(
             if not known:
                 return 1
             times = "second"
+            _refuse_missing(known)
             ones = [torch.ones_like(p) for p in known]
             cs = torch.autograd.grad(known, xs, ones, allow_unused=True, retain_graph=True)
             torch.autograd.grad(known, [g], ones, allow_unused=True)
@@ -295,150 +293,21 @@ def _order(
         return 1 if all(c is None for c in cs) else 2
 
 
-# --- what was captured ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Region:
-    """Captured operations as one function of captured tensors: see :class:`Derivation`."""
-
-    nodes: tuple[fx.Node, ...]
-    inputs: tuple[fx.Node, ...]
-    outputs: tuple[fx.Node, ...]
-    symbols: tuple[Any, ...]
-    origin: Origin
-
-    @classmethod
-    def of(cls, nodes: Sequence[fx.Node], captured: Captured) -> _Region:
-        inside = set(nodes)
-        inputs = dict.fromkeys(
-            operand
-            for node in nodes
-            for operand in node.all_input_nodes
-            if operand not in inside and isinstance(operand.meta.get("val"), torch.Tensor)
-        )
-        outputs = [
-            node
-            for node in nodes
-            if isinstance(node.meta.get("val"), torch.Tensor)
-            and any(user not in inside for user in node.users)
-        ]
-        first = next((n for n in nodes if n.meta.get(ORIGIN)), nodes[0])
-        origin = first.meta.get(ORIGIN) or Origin(str(first.target))
-        call = called(first)
-        if call is not None:
-            origin = replace(origin, op=f"{call.__module__}.{call.__qualname__}")
-        return cls(tuple(nodes), tuple(inputs), tuple(outputs), captured.symbols, origin)
-
-    def __call__(
-        self, tensors: Sequence[torch.Tensor], sizes: Sequence[Any], differentiate: bool
-    ) -> list[torch.Tensor]:
-        values: dict[fx.Node, Any] = dict(zip(self.inputs, tensors, strict=True))
-        known = dict(zip(self.symbols, sizes, strict=True))
-
-        def value(node: fx.Node) -> Any:
-            if node in values:
-                return values[node]
-            return _batched.evaluate(_torch.size_expression(node.meta["val"]), known)
-
-        for node in self.nodes:
-            args = fx.node.map_arg(node.args, value)
-            kwargs = fx.node.map_arg(node.kwargs, value)
-            target = differentiable(node.target) if differentiate else node.target
-            values[node] = target(*args, **kwargs)  # type: ignore[operator]
-        return [values[node] for node in self.outputs]
-
-
-class _Probe:
-    """The model run on a few samples near those of x: where its operations are tried."""
-
-    def __init__(self, captured: Captured, x: torch.Tensor) -> None:
-        self.captured = captured
-        nb = captured.batch_ndim
-        self.sizes = tuple(
-            int(s) if getattr(s, "is_number", True) else _PROBE_SIZES[min(k, 1)]
-            for k, s in enumerate(captured.sizes)
-        )
-        self._noise = _NOISE if nb else (0.0, *_NOISE)
-        self._xs = [self._sample(x, noise) for noise in self._noise]
-        self._values: list[dict[fx.Node, Any]] = [{} for _ in self._noise]
-
-    def _sample(self, x: torch.Tensor, noise: float) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(0)
-        x = x.detach()
-        for axis, n in enumerate(self.sizes):
-            if x.shape[axis] == 0:
-                shape = [*x.shape[:axis], n, *x.shape[axis + 1 :]]
-                x = torch.randn(shape, generator=generator).to(x)
-            x = x.index_select(axis, torch.arange(n, device=x.device) % x.shape[axis])
-        scale = float(x.abs().mean()) if x.numel() else 1.0
-        scale = scale if 0 < scale < float("inf") else 1.0
-        drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-        return x + (noise * scale * drawn).to(x)
-
-    def run(self, region: _Region) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """An x and the operands of the region there, such that its results are finite if they
-        are anywhere."""
-        found = None
-        failure: Exception | None = None
-        for x, values in zip(self._xs, self._values, strict=True):
-            try:
-                with torch.inference_mode(False), torch.no_grad():
-                    tensors = self._operands(region, x.clone(), values)
-                    results = region(tensors, self.sizes, False)
-            except FxhessError:
-                raise
-            except Exception as error:
-                failure = error
-                continue
-            found = (x, tensors)
-            if all(bool(r.isfinite().all()) for r in results):
-                break
-        if found is None:
-            raise UnsupportedOpError(
-                f"{region.origin.op} has no rule, and trying it on samples near those of x failed: "
-                f"{' '.join(str(failure).split())[:200]}",
-                where=region.origin,
-                hint="specialize on an x on which the model runs: hess.specialize(x)",
-            ) from failure
-        return found
-
-    def _operands(
-        self, region: _Region, x: torch.Tensor, values: dict[fx.Node, Any]
-    ) -> list[torch.Tensor]:
-        if not values:
-            places = [n for n in self.captured.graph_module.graph.nodes if n.op == "placeholder"]
-            tensors = [t.detach() for t in self.captured.tensors]
-            values.update(zip(places, [x, *tensors], strict=True))
-        for node in _ancestors(region.inputs):
-            if node not in values:
-                args = fx.node.map_arg(node.args, values.__getitem__)
-                kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return [values[node] for node in region.inputs]
+def _refuse_missing(tensors: Sequence[torch.Tensor]) -> None:
+    """Autograd raises for a missing derivative only if the way to its inputs leads through, and
+    otherwise leaves it out in silence."""
+    seen = set()
+    queue = [t.grad_fn for t in tensors]
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name().split("::")[-1] == "Error":
+            raise RuntimeError("its backward is marked with @once_differentiable")
+        queue += [following for following, _ in node.next_functions]
 
 
 def _take(t: torch.Tensor, index: Sequence[int]) -> torch.Tensor:
     """One sample of a canonical tensor, its batch axes kept."""
     return t[tuple(slice(i, i + 1) if t.shape[k] > 1 else slice(None) for k, i in enumerate(index))]
-
-
-def _with_items(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """Also the single results of operations with several."""
-    found = list(nodes)
-    for node in nodes:
-        if not isinstance(node.meta.get("val"), torch.Tensor):
-            found += [user for user in node.users if user not in found]
-    return found
-
-
-def _ancestors(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """What the nodes need, and they themselves, in order."""
-    needed: set[fx.Node] = set()
-    queue = list(nodes)
-    while queue:
-        node = queue.pop()
-        if node not in needed:
-            needed.add(node)
-            queue += node.all_input_nodes
-    return [n for n in nodes[0].graph.nodes if n in needed] if nodes else []
