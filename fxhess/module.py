@@ -104,6 +104,8 @@ class HessianModule(nn.Module):
             execution = program.execution
             assert execution is not None
             results = execution(x, tensors, program.batch_ndim)
+        elif torch.compiler.is_compiling():
+            results = run_whole(program.fused, x, tensors)
         else:
             results = run_whole(program.graph_module, x, tensors)
         return results[0] if isinstance(self.outputs, str) else result_type(self.outputs)(*results)

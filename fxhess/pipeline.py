@@ -23,6 +23,7 @@ from fxhess.passes.activity import mark_activity
 from fxhess.passes.canonicalize import canonicalize
 from fxhess.passes.check import check_canonical, check_graph
 from fxhess.passes.differentiate import Term, differentiate
+from fxhess.passes.fuse import fuse, fusible
 from fxhess.passes.lower import lower
 from fxhess.passes.plan import plan as make_plan
 from fxhess.passes.simplify import simplify
@@ -57,6 +58,13 @@ class Program:
     batch_ndim: int
     notes: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def fused(self) -> fx.GraphModule:
+        """The program as it is best compiled."""
+        if not fusible(self.graph_module.graph):
+            return self.graph_module
+        return fx.GraphModule(torch.nn.Module(), fuse(self.graph_module.graph), "FusedDerivative")
 
     @cached_property
     def execution(self) -> Execution | None:
@@ -126,7 +134,7 @@ def compile_captured(captured: Captured, x: torch.Tensor, options: Options) -> P
     module = lower(graph, results)
     check_graph(module.graph, "lower")
     clock.mark("lower")
-    return Program(
+    program = Program(
         module,
         _describe(derivative.terms),
         canonical.summed,
@@ -137,6 +145,8 @@ def compile_captured(captured: Captured, x: torch.Tensor, options: Options) -> P
         slow_nodes(module.graph),
         clock.marks,
     )
+    _ = program.fused  # made now: a compiler that traces a call must find it ready
+    return program
 
 
 def _describe(terms: Sequence[Term]) -> list[tuple[Origin | None, str, str, str]]:
