@@ -183,6 +183,8 @@ def trace_by_export(
 
 
 def _expression(size: Any) -> Any:
+    if isinstance(size, sympy.Basic):
+        return size
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
 
 
