@@ -24,7 +24,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from fxhess import _torch
+from fxhess import _torch, registry
 from fxhess.emit import ORIGIN
 from fxhess.errors import CaptureError, FxhessError, Origin
 from fxhess.functions import whole_functions
@@ -137,7 +137,7 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any | None = None
     ) -> Any:
         before = _torch.newest_node()
-        result = func(*args, **(kwargs or {}))
+        result = registry.substituted(func)(*args, **(kwargs or {}))
         if _torch.newest_node() is not before:
             _mark(before, _LINE, _calling_line())
         if torch.is_grad_enabled() or any(result is a for a in args):
@@ -172,8 +172,6 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int) -> Captured:
         CaptureError: PyTorch cannot trace the model, the model branches on values of tensors, or
             it does not return one tensor.
     """
-    from fxhess.registry import decompositions
-
     named = dict(model.named_parameters(remove_duplicate=False))
     named.update(model.named_buffers(remove_duplicate=False))
     names = list(named)
@@ -187,11 +185,12 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int) -> Captured:
             )
 
     tensors = [t.detach() for t in named.values()]
+    rewrites = registry.decompositions()
     with _capturing, _torch.plain_attention(), torch.enable_grad(), whole_functions():
         traced, failure = None, None
         for example in _examples(x, batch_ndim):
             try:
-                found = _torch.trace(function, example, batch_ndim, tensors, decompositions())
+                found = _torch.trace(function, example, batch_ndim, tensors, rewrites)
             except FxhessError:
                 raise
             except Exception as error:
@@ -210,7 +209,7 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int) -> Captured:
         _record_origins(graph)
         _lift_constants(graph_module, model, placeholders[-1], sources)
         if _torch.writes_in_place(graph):
-            graph_module = _torch.functional(graph_module, decompositions(), (ORIGIN,))
+            graph_module = _torch.functional(graph_module, rewrites, (ORIGIN,))
     values = [source.read(model) for source in sources]
     return Captured(
         graph_module, sources, batch_ndim, traced.symbols, traced.sizes, traced.guards, values

@@ -98,12 +98,33 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     return table
 
 
+_substitutes: dict[Any, Callable[..., Any]] = {}
+
+
+def substitute(*functions: Callable[..., Any]) -> Callable[[F], F]:
+    """Decorator: where a model calls one of these public functions of PyTorch, this one is traced
+    instead.  For the few that cannot be traced for all batch sizes."""
+
+    def register(replacement: F) -> F:
+        _substitutes.update(dict.fromkeys(functions, replacement))
+        return replacement
+
+    return register
+
+
+def substituted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What is traced in place of ``function``: itself, as a rule."""
+    return _substitutes.get(function, function)
+
+
 # --- one line a rule ------------------------------------------------------------------------
 
 
-def zero(op: OpOverload, axes: Axes | None = None) -> Rule:
+def zero(
+    op: OpOverload, axes: Axes | None = None, *, rewrite: Callable[..., Any] | None = None
+) -> Rule:
     """An operation through which no derivative flows."""
-    return register_rule(Rule(op, axes or kinds.Pointwise(), kinds.Zero()))
+    return register_rule(Rule(op, axes or kinds.Pointwise(), kinds.Zero(), rewrite=rewrite))
 
 
 def elementwise(

@@ -181,16 +181,3 @@ elementwise(
 def glu(self: torch.Tensor, dim: int = -1) -> torch.Tensor:
     half = self.shape[dim] // 2
     return torch.narrow(self, dim, 0, half) * torch.sigmoid(torch.narrow(self, dim, half, half))
-
-
-@composite(aten.native_dropout.default)
-def native_dropout(
-    input: torch.Tensor, p: float, train: bool | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One random mask a call, shared by all orders."""
-    if train is False or p == 0:
-        return input.clone(), torch.ones_like(input, dtype=torch.bool)
-    if p == 1:
-        return torch.zeros_like(input), torch.zeros_like(input, dtype=torch.bool)
-    kept = torch.rand_like(input) >= p
-    return input * (kept.to(input.dtype) / (1 - p)), kept

@@ -26,29 +26,11 @@ for _name in ("bitwise_and", "bitwise_or", "bitwise_xor"):
 for _name in ("bitwise_left_shift", "bitwise_right_shift"):
     zero(getattr(aten, _name).Tensor)
     zero(getattr(aten, _name).Tensor_Scalar)
-for _name in ("__and__", "__or__", "__xor__", "__lshift__", "__rshift__"):
+for _name in ("__lshift__", "__rshift__"):
     zero(getattr(aten, _name).Tensor)
     zero(getattr(aten, _name).Scalar)
 for _name in ("isnan", "isinf", "isposinf", "isneginf", "signbit"):
     zero(getattr(aten, _name).default)
-
-
-@composite(aten.isfinite.default)
-def isfinite(self: torch.Tensor) -> torch.Tensor:
-    return torch.logical_not(torch.isnan(self) | torch.isinf(self))
-
-
-@composite(aten.isclose.default)
-def isclose(
-    self: torch.Tensor,
-    other: torch.Tensor,
-    rtol: float = 1e-05,
-    atol: float = 1e-08,
-    equal_nan: bool = False,
-) -> torch.Tensor:
-    near = torch.abs(self - other) <= atol + rtol * torch.abs(other)
-    close = (self == other) | (near & torch.logical_not(torch.isinf(self) | torch.isinf(other)))
-    return close | (torch.isnan(self) & torch.isnan(other)) if equal_nan else close
 
 
 @composite(aten.isin.Tensor_Tensor)
