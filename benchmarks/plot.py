@@ -10,7 +10,7 @@ matplotlib.use("Agg")  # no display is needed, or there
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter
 
-from benchmarks.report import Run
+from benchmarks.report import Run, times
 from benchmarks.rivals import OURS
 
 __all__ = ["draw"]
@@ -79,7 +79,7 @@ def annotate(axes: plt.Axes, y: int, run: Run) -> None:
         return
     ratio = best.median / ours.median
     axes.annotate(
-        f"{ratio:.2g}×",
+        times(ratio),
         xy=(1.01, y),
         xycoords=("axes fraction", "data"),
         va="center",

@@ -24,7 +24,7 @@ from benchmarks.memory import METHOD
 from benchmarks.rivals import OURS
 from benchmarks.workloads import Workload
 
-__all__ = ["Run", "machine", "print_cold", "print_memory", "print_times", "write_json"]
+__all__ = ["Run", "machine", "print_cold", "print_memory", "print_times", "times", "write_json"]
 
 PACKAGES = ("fxhess", "torch", "networkx", "opt_einsum", "jax", "jaxlib", "numpy")
 
@@ -161,6 +161,11 @@ def milliseconds(value: float) -> str:
     return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
 
 
+def times(ratio: float) -> str:
+    """A ratio with two digits, without an exponent."""
+    return f"{ratio:,.0f}×" if ratio >= 10 else f"{ratio:.2g}×"
+
+
 def time_cell(result: Result, run: Run) -> str:
     """The median, and in how many of ours it is; or what went wrong."""
     median = result.median
@@ -169,7 +174,7 @@ def time_cell(result: Result, run: Run) -> str:
     text = milliseconds(median)
     ours = run.ours
     if ours is not None and ours is not result and ours.median is not None:
-        text += f" [dim]{median / ours.median:.2g}×[/dim]"
+        text += f" [dim]{times(median / ours.median)}[/dim]"
     if result is run.ours:
         text = f"[bold]{text}[/bold]"
     return text if result.correct else f"[red]{text} wrong[/red]"
@@ -209,8 +214,8 @@ def print_times(console: Console, runs: Sequence[Run]) -> None:
         if ours is None or best is None or ours.median is None or best.median is None:
             continue
         if best.median < ours.median:
-            ratio = ours.median / best.median
-            console.print(f"{run.workload.name}: {best.rival} is {ratio:.2g}× faster than ours")
+            ratio = times(ours.median / best.median)
+            console.print(f"{run.workload.name}: {best.rival} is {ratio} faster than ours")
 
 
 def print_memory(console: Console, runs: Sequence[Run]) -> None:
