@@ -23,9 +23,11 @@ from fxhess._torch import (
     FakeTensorMode,
     ShapeEnv,
     StatelessSymbolicContext,
+    functional,
     newest_node,
     nodes_since,
     size_expression,
+    writes_in_place,
 )
 
 KEPT = "kept"  # node.meta[KEPT]: a detach that the user wrote, not autograd's own
@@ -72,7 +74,14 @@ def trace_batched(
                 for shape, dtype in zip(shapes, dtypes, strict=True)
             ]
             with _KeepDetach():
-                return make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
+                graph_module = make_fx(
+                    function, tracing_mode="real", _allow_non_fake_inputs=True
+                )(*inputs)
+            if writes_in_place(graph_module.graph):
+                graph_module = functional(graph_module, {}, (KEPT,))
+            if writes_in_place(graph_module.graph):
+                raise RuntimeError("the trace writes into its operands")
+            return graph_module
 
     try:
         return _trace_symbolic(traced, symbols)
