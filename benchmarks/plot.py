@@ -75,6 +75,10 @@ def label(run: Run) -> str:
 def annotate(axes: plt.Axes, y: int, run: Run) -> None:
     """At the right edge, how the best rival compares."""
     ours, best = run.ours, run.best_rival
+    if any(r.rival == OURS and not r.correct for r in run.results):
+        at = ("axes fraction", "data")
+        axes.annotate("failed", (1.01, y), xycoords=at, va="center", fontsize=9, color="0.5")
+        return
     if ours is None or best is None or ours.median is None or best.median is None:
         return
     ratio = best.median / ours.median
