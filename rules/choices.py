@@ -72,9 +72,11 @@ elementwise(
 def _one_bound(
     self: torch.Tensor, min: torch.Tensor | None = None, max: torch.Tensor | None = None
 ) -> Any:
-    if max is None:
-        return torch.clamp_min(self, min)  # type: ignore[type-var]
-    return torch.clamp_max(self, max) if min is None else NotImplemented  # type: ignore[type-var]
+    if min is not None and max is not None:
+        return NotImplemented
+    if min is not None:
+        return aten.clamp_min.Tensor(self, min)
+    return aten.clamp_max.Tensor(self, max)
 
 
 elementwise(

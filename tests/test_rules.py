@@ -17,7 +17,16 @@ from fxhess.testing import Sample, check_sample
 FILES = sorted((Path(__file__).parent / "samples").glob("[!_]*.py"))
 
 # Rules that no sample can use, each with its reason.
-WITHOUT_SAMPLE: dict[str, str] = {}
+NO_REFEREE = "PyTorch has no double backward; in test_pointwise.py"
+EXPORT = "make_fx shows it in parts; torch.export, the fallback, whole"
+WITHOUT_SAMPLE: dict[str, str] = {
+    "aten.hardsigmoid.default": NO_REFEREE,
+    "aten.multi_margin_loss.default": NO_REFEREE,
+    "aten.remainder.Scalar_Tensor": NO_REFEREE,
+    "aten.special_zeta.other_scalar": NO_REFEREE,
+    "aten.binary_cross_entropy_with_logits.default": EXPORT,
+    "aten.rrelu_with_noise_functional.default": EXPORT,
+}
 
 
 def _samples(path: Path) -> list[Sample]:
@@ -91,4 +100,4 @@ def test_a_rule_fits_its_operator(rule):
 
 def test_samples_draw_float64():
     assert all(s.draw(0).dtype == torch.float64 for _, s in TABLE)
-    assert all(s.draw(0).shape == (s.batch, *s.event) for _, s in TABLE)
+    assert all(s.draw(0).shape == s.shape for _, s in TABLE)

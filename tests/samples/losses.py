@@ -93,8 +93,4 @@ SAMPLES = [
     ),
     *(Sample(name, f) for name, f in CHOOSING.items()),
     *(Sample(name, f, (4, 2, 3), batch=2) for name, f in IMAGES.items()),
-    Sample(
-        "multi_margin 2",
-        lambda x: F.multi_margin_loss(x, _class(x), p=2, weight=WEIGHT, reduction="none"),
-    ),
 ]
