@@ -199,9 +199,7 @@ class _Writer:
             return self.reduce(product, needed)
         return self.matmul(a, b, shared, only_a, only_b, summed, output)
 
-    def multiply(
-        self, a: _Operand, b: _Operand, output: Sequence[Label] | None
-    ) -> _Operand:
+    def multiply(self, a: _Operand, b: _Operand, output: Sequence[Label] | None) -> _Operand:
         if output is not None:
             order = [x for x in output if x in a.present or x in b.present]
         else:
@@ -224,9 +222,7 @@ class _Writer:
     ) -> _Operand:
         """A matrix product, flat where nothing is shared: ``[.., rows, k] @ [.., k, columns]``,
         or a matrix times a vector where one side has no axis of its own."""
-        if not only_a or (
-            only_b and self._prefers_swap(a, b, only_a, only_b, output)
-        ):
+        if not only_a or (only_b and self._prefers_swap(a, b, only_a, only_b, output)):
             a, b, only_a, only_b = b, a, only_b, only_a
         size = self._sizes(a, b)
         summed = [x for x in a.present if x in summed]
@@ -316,7 +312,9 @@ def evaluate(
             if operand.shape[i] != 1 or (full[a] == 1 and a in output)
         ]
         terms.append(
-            "".join(letters.setdefault(labels[i], opt_einsum.get_symbol(len(letters))) for i in keep)
+            "".join(
+                letters.setdefault(labels[i], opt_einsum.get_symbol(len(letters))) for i in keep
+            )
         )
         dropped = tuple(i for i in range(operand.ndim) if i not in keep)
         squeezed.append(torch.squeeze(operand, dropped) if dropped else operand)

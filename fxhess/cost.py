@@ -81,8 +81,10 @@ def seconds(node: fx.Node, rates: Rates) -> float:
     if name in ("matmul", "mm", "bmm", "linear", "convolution"):
         shapes = [n.meta[VAL].ndim for n in node.all_input_nodes[:2]]
         rate = rates.batched if min(shapes) > 2 else rates.flat
-        return rates.launch + flops(node) / (rate if size <= 4 else rate / 2) + (
-            moved / rates.bandwidth / 4
+        return (
+            rates.launch
+            + flops(node) / (rate if size <= 4 else rate / 2)
+            + (moved / rates.bandwidth / 4)
         )
     return rates.launch + moved / rates.bandwidth
 

@@ -107,7 +107,9 @@ class Execution:
         return -(-x.shape[0] // max(1, count))
 
 
-def run_whole(module: fx.GraphModule, x: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[Any]:
+def run_whole(
+    module: fx.GraphModule, x: torch.Tensor, tensors: Sequence[torch.Tensor]
+) -> list[Any]:
     """All results of the plain program."""
     result = module(x, *tensors)
     return list(result) if isinstance(result, tuple) else [result]

@@ -27,10 +27,11 @@ from fxhess.errors import CaptureError, FxhessError, UnsupportedOpError
 from fxhess.facts import FACT, Canonical, Fact
 from fxhess.functions import called
 from fxhess.passes import signatures
+from fxhess.passes.bound import Bound, Raw
 from fxhess.passes.layout import Atom, Laid, Layouts
 from fxhess.passes.opaque import Opaque
 from fxhess.passes.region import units
-from fxhess.passes.signatures import Bound, Raw
+from fxhess.passes.reshape import reshape
 from fxhess.registry import Rule, find
 
 HANDLERS = {
@@ -38,13 +39,11 @@ HANDLERS = {
     kinds.Along: signatures.mixed,
     kinds.Trailing: signatures.mixed,
     kinds.Einsum: signatures.einsum,
-    kinds.Reshape: signatures.reshape,
+    kinds.Reshape: reshape,
 }
 
 
-def canonicalize(
-    captured: Captured, x: torch.Tensor, fallback: str = "allow"
-) -> Canonical:
+def canonicalize(captured: Captured, x: torch.Tensor, fallback: str = "allow") -> Canonical:
     """Rewrite to canonical form; see the module's docstring.
 
     ``x`` gives the nominal batch sizes (its sizes, at least 2), dtype and event shape.
@@ -195,7 +194,12 @@ class _Walk:
         if node.meta.get(FACT) is None:
             node.meta[FACT] = Fact(kinds.Zero())
         return Canonical(
-            self.emitter.graph, self.layouts.x.node, node, nb, bool(result.summed), vector,  # type: ignore[union-attr]
+            self.emitter.graph,
+            self.layouts.x.node,
+            node,
+            nb,
+            bool(result.summed),
+            vector,  # type: ignore[union-attr]
             device,
         )
 
@@ -225,9 +229,7 @@ def _arguments(rule: Rule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> di
         elif argument.name in kwargs:
             bound[argument.name] = kwargs[argument.name]
         else:
-            bound[argument.name] = (
-                argument.default_value if argument.has_default_value() else None
-            )
+            bound[argument.name] = argument.default_value if argument.has_default_value() else None
     return bound
 
 

@@ -37,7 +37,8 @@ from fxhess.emit import ORIGIN, VAL, Emitter, Var
 from fxhess.errors import SampleMixingError
 from fxhess.facts import Canonical, Fact, fact, is_active
 from fxhess.kinds import Label, is_curved
-from fxhess.passes.forms import Curvature, Forms, Moved
+from fxhess.passes.curvature import Curvature, Moved, curvature
+from fxhess.passes.forms import Forms
 from fxhess.passes.halves import Half, Halves
 from fxhess.structure import Algebra, Structured
 
@@ -98,9 +99,7 @@ class Draft:
         self.terms: list[Term] = []
         self._sizes: dict[int, Var] = {}
         self._primal()
-        self.algebra = Algebra(
-            self.emitter, self.nb, self.x, self.batch_size, canonical.device
-        )
+        self.algebra = Algebra(self.emitter, self.nb, self.x, self.batch_size, canonical.device)
         self.forms = Forms(canonical, self.algebra, self.values)
         self.halves = Halves(self.forms)
         self.path = self._path()
@@ -213,7 +212,7 @@ class Draft:
         for node in nodes:
             if is_curved(_fact(node).kind) and node in self.adjoints:
                 with self.emitter.at(node.meta.get(ORIGIN), "curvature"):
-                    found = self.forms.curvature(node, self.adjoints[node])
+                    found = curvature(self.forms, node, self.adjoints[node])
                 terms += [(node, "close", term) for term in found]
         if following is not None and later is not None:
             carried = self.halves.later_terms(following, later)

@@ -1,20 +1,19 @@
-"""First and second forms of one operation, by kind: the only place where kinds are told apart.
+"""First forms of one operation, by kind: how tangents and adjoints pass it.
 
 For a node ``y = op(x_1 .. x_k)`` of a canonical graph:
 
 - ``push``: tangents of the operands -> tangent of y
 - ``pull``: adjoint of y -> adjoints of the operands
-- ``curvature``: adjoint of y -> the second form ``C = sum_o g_o d2 op_o / d x_i d x_j`` as
-  :class:`Curvature` terms: factors with labels for the axes of operands i and j
 
-Pointwise and multilinear operations do all three by contracting labelled factors, so structure
+(the second form is ``curvature`` in the file of that name).
+
+Pointwise and multilinear operations do both by contracting labelled factors, so structure
 and batch-free factors survive; linear and smooth ones by the functions of their rule.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,38 +27,8 @@ from fxhess.kinds import Call, Elementwise, Label, Linear, Multilinear, Smooth
 from fxhess.structure import Algebra, Structured
 
 
-@dataclass(frozen=True)
-class Curvature:
-    """One term of an operation's second form, between operands i and j.
-
-    The form is the product of ``factors`` summed over all labels but those of ``left`` (the event
-    axes of operand i), ``right`` (of operand j), the batch and ``outputs`` (the axes of the vector
-    of outputs, none for scalar models).  ``weight`` is 1/2 on the diagonal i = j: the Hessian is
-    the sum of all terms plus its transpose.
-    """
-
-    i: fx.Node
-    j: fx.Node
-    factors: tuple[Factor, ...]
-    outputs: tuple[Label, ...]
-    left: tuple[Label, ...]
-    right: tuple[Label, ...]
-    weight: float
-
-
-@dataclass(frozen=True)
-class Moved:
-    """The second form of a smooth operation, as a map: ``apply(t)`` is ``C_ij t`` for a tangent t
-    of operand j, with the leading axes ``[outputs.., basis.., *batch, *event of i]``."""
-
-    i: fx.Node
-    j: fx.Node
-    apply: Callable[[Structured], Structured]
-    weight: float
-
-
 class Forms:
-    """Writes first and second forms of canonical nodes, given their values."""
+    """Writes first forms of canonical nodes, given their values."""
 
     def __init__(
         self, canonical: Canonical, algebra: Algebra, values: Mapping[fx.Node, Any]
@@ -108,7 +77,7 @@ class Forms:
     def batch(self) -> list[Label]:
         return [f"b{i}" for i in range(self.nb)]
 
-    def _labelled(self, node: fx.Node) -> tuple[list[list[Label]], list[Label], dict[Label, int]]:
+    def labelled(self, node: fx.Node) -> tuple[list[list[Label]], list[Label], dict[Label, int]]:
         """Labels of the event axes of each operand and of the result, and their sizes."""
         known = self.fact(node)
         sizes: dict[Label, int] = {}
@@ -127,9 +96,7 @@ class Forms:
                     shape = shape[self.nb :]
                 tail = output[len(output) - min(len(shape), len(output)) :]
                 own: list[Label] = [("lead", i) for i in range(len(shape) - len(tail))]
-                for i, (label, size) in enumerate(
-                    zip(tail, shape[len(own) :], strict=True)
-                ):
+                for i, (label, size) in enumerate(zip(tail, shape[len(own) :], strict=True)):
                     wide = event[len(output) - len(tail) + i] != size
                     own.append(("one", i) if wide else label)
                 inputs.append(own)
@@ -145,10 +112,10 @@ class Forms:
         """Factors of d y / d x_i besides the identity on shared labels."""
         known = self.fact(node)
         if isinstance(known.kind, Multilinear):
-            return self._others(node, {i})
-        return [self._pointwise(node, (i,))]
+            return self.others(node, {i})
+        return [self.pointwise(node, (i,))]
 
-    def _others(self, node: fx.Node, without: set[int]) -> list[Factor]:
+    def others(self, node: fx.Node, without: set[int]) -> list[Factor]:
         """The operands of a product, but some, and its scale."""
         known = self.fact(node)
         assert isinstance(known.kind, Multilinear)
@@ -161,7 +128,7 @@ class Forms:
         scale = self.values[scale] if isinstance(scale, fx.Node) else scale
         return [*factors, (scale, ())]
 
-    def _pointwise(self, node: fx.Node, order: tuple[int, ...]) -> Factor:
+    def pointwise(self, node: fx.Node, order: tuple[int, ...]) -> Factor:
         value = self.partial(node, order)
         if not isinstance(value, Var):
             return (float(value), ())
@@ -170,19 +137,15 @@ class Forms:
 
     # --- push -----------------------------------------------------------------------------------
 
-    def push(
-        self, node: fx.Node, tangents: Sequence[Structured | None]
-    ) -> Structured:
+    def push(self, node: fx.Node, tangents: Sequence[Structured | None]) -> Structured:
         """The tangent of the node, given those of its operands (None: zero)."""
         kind = self.fact(node).kind
         if isinstance(kind, (Elementwise, Multilinear)):
             return self._push_labelled(node, tangents)
         return self._push_function(node, tangents)
 
-    def _push_labelled(
-        self, node: fx.Node, tangents: Sequence[Structured | None]
-    ) -> Structured:
-        inputs, output, sizes = self._labelled(node)
+    def _push_labelled(self, node: fx.Node, tangents: Sequence[Structured | None]) -> Structured:
+        inputs, output, sizes = self.labelled(node)
         event = self.canonical.event(node)
         terms = []
         for i, t in enumerate(tangents):
@@ -190,15 +153,15 @@ class Forms:
                 continue
             t = self._distinct(t, inputs[i])
             factors = self._jacobian(node, i)
-            terms.append(
-                self._transport(t, factors, inputs[i], output, sizes, event)
-            )
+            terms.append(self._transport(t, factors, inputs[i], output, sizes, event))
         return self.algebra.add(terms)
 
     def _is_zero(self, node: fx.Node, i: int) -> bool:
         kind = self.fact(node).kind
-        return isinstance(kind, Elementwise) and isinstance(kind.first[i], (int, float)) and (
-            kind.first[i] == 0
+        return (
+            isinstance(kind, Elementwise)
+            and isinstance(kind.first[i], (int, float))
+            and (kind.first[i] == 0)
         )
 
     def _distinct(self, s: Structured, labels: Sequence[Label]) -> Structured:
@@ -218,9 +181,7 @@ class Forms:
         """Contract a derivative with factors, from the axes ``source`` to the axes ``target``."""
         free_labels: list[Label] = [("t", k) for k in range(len(s.basis))]
         basis = s.basis_labels(free_labels, source)
-        ties = tuple(
-            s.ties[list(source).index(a)] if a in source else None for a in target
-        )
+        ties = tuple(s.ties[list(source).index(a)] if a in source else None for a in target)
         out_free = [basis[k] for k in range(len(basis)) if k not in ties]
         core: Factor = (s.core, s.labels(free_labels, self.batch(), source))
         universe = {a: n for a, n in sizes.items() if a in source and a not in target}
@@ -238,9 +199,7 @@ class Forms:
         assert isinstance(label, str)
         return self.algebra.batch_size(int(label[1:]))
 
-    def _push_function(
-        self, node: fx.Node, tangents: Sequence[Structured | None]
-    ) -> Structured:
+    def _push_function(self, node: fx.Node, tangents: Sequence[Structured | None]) -> Structured:
         known = self.fact(node)
         kind = known.kind
         assert isinstance(kind, (Linear, Smooth))
@@ -255,6 +214,7 @@ class Forms:
         cores = [self.algebra.tensor(t) for t in ready]
         lead = len(ready[0].free) + self.nb
         if kind.push is None:
+
             def apply(*tensors: Var) -> Var:
                 return self._again(node, tensors)
         else:
@@ -271,7 +231,7 @@ class Forms:
         for e, out in enumerate(known.axes[0]):
             if out is not None:
                 ties[out] = ready[0].ties[e]
-        self._check_rank(node, core, lead + len(event))
+        self.check_rank(node, core, lead + len(event))
         return Structured(core, tuple(ties), ready[0].basis, event)
 
     def _zero_like(self, t: Structured, operand: fx.Node, rank: int) -> Structured:
@@ -292,9 +252,7 @@ class Forms:
     ) -> list[Structured]:
         """Untie and widen the axes that the operation mixes; one set of ties for all."""
         own = [[e for e, out in enumerate(a) if out is None] for a in axes]
-        ready = [
-            self.algebra.untie(t, mixed) for t, mixed in zip(items, own, strict=True)
-        ]
+        ready = [self.algebra.untie(t, mixed) for t, mixed in zip(items, own, strict=True)]
         ready = self.algebra.unify(ready) if len(ready) > 1 else ready
         ready = [self.algebra.widen(t, mixed) for t, mixed in zip(ready, own, strict=True)]
         return self.algebra.spread(ready, own) if len(ready) > 1 else ready
@@ -325,7 +283,7 @@ class Forms:
         out = apply(*(torch.flatten(c, 0, leading - 1) for c in cores))
         return torch.unflatten(out, 0, tuple(sizes))  # type: ignore[return-value]
 
-    def _check_rank(self, node: fx.Node, core: Var, rank: int) -> None:
+    def check_rank(self, node: fx.Node, core: Var, rank: int) -> None:
         if core.ndim != rank:
             raise InternalError(
                 f"the rule of {node.target} gave {core.ndim} axes where {rank} were expected",
@@ -338,7 +296,7 @@ class Forms:
         """Adjoints of the active operands, given that of the node."""
         known = self.fact(node)
         if isinstance(known.kind, (Elementwise, Multilinear)):
-            inputs, output, sizes = self._labelled(node)
+            inputs, output, sizes = self.labelled(node)
             results = []
             for i, operand in enumerate(known.operands):
                 if not is_active(operand) or self._is_zero(node, i):
@@ -378,86 +336,6 @@ class Forms:
                 continue
             ties = tuple(None if out is None else g.ties[out] for out in axes)
             event = self.canonical.event(operand)
-            self._check_rank(node, part, len(g.free) + self.nb + len(event))
+            self.check_rank(node, part, len(g.free) + self.nb + len(event))
             found.append((operand, Structured(part, ties, g.basis, event)))
         return found
-
-    # --- curvature ------------------------------------------------------------------------------
-
-    def curvature(self, node: fx.Node, g: Structured) -> list[Curvature | Moved]:
-        """The terms of the node's second form for the adjoint g."""
-        known = self.fact(node)
-        kind = known.kind
-        if isinstance(kind, Smooth):
-            return self._curvature_smooth(node, g)
-        if not isinstance(kind, (Elementwise, Multilinear)):
-            return []
-        inputs, output, _ = self._labelled(node)
-        free: list[Label] = [("m", k) for k in range(len(g.basis))]
-        adjoint: Factor = (g.core, g.labels(free, self.batch(), output))
-        outputs = tuple(g.basis_labels(free, output))
-        terms: list[Curvature | Moved] = []
-        pairs = (
-            sorted(kind.second)
-            if isinstance(kind, Elementwise)
-            else [(i, j) for j in range(len(inputs)) for i in range(j)]
-        )
-        for i, j in pairs:
-            a, b = known.operands[i], known.operands[j]
-            if not (is_active(a) and is_active(b)):
-                continue
-            if isinstance(kind, Elementwise):
-                if not isinstance(self.partial(node, (i, j)), Var) and (
-                    self.partial(node, (i, j)) == 0
-                ):
-                    continue
-                factors = [self._pointwise(node, (i, j))]
-            else:
-                factors = self._others(node, {i, j})
-            terms.append(
-                Curvature(
-                    a, b, (adjoint, *factors), outputs,
-                    tuple(inputs[i]), tuple(inputs[j]), 0.5 if i == j else 1.0,
-                )
-            )
-        return terms
-
-    def _curvature_smooth(self, node: fx.Node, g: Structured) -> list[Curvature | Moved]:
-        known = self.fact(node)
-        kind = known.kind
-        assert isinstance(kind, Smooth)
-        passed = [out for out in known.axes[0] if out is not None]
-        mixed = [e for e in range(len(self.canonical.event(node))) if e not in passed]
-        g = self.algebra.widen(self.algebra.untie(g, range(len(g.ties))), mixed)
-        call = self.call(node)
-        terms: list[Curvature | Moved] = []
-        for j in range(len(known.operands)):
-            for i in range(j + 1):
-                a, b = known.operands[i], known.operands[j]
-                if is_active(a) and is_active(b):
-                    apply = self._moving(node, g, call, i, j)
-                    terms.append(Moved(a, b, apply, 0.5 if i == j else 1.0))
-        return terms
-
-    def _moving(
-        self, node: fx.Node, g: Structured, call: Call, i: int, j: int
-    ) -> Callable[[Structured], Structured]:
-        known = self.fact(node)
-        kind = known.kind
-        assert isinstance(kind, Smooth)
-        curve = kind.curve
-        own = [e for e, out in enumerate(known.axes[j]) if out is None]
-
-        def apply(t: Structured) -> Structured:
-            t = self.algebra.widen(self.algebra.untie(t, range(len(t.ties))), own)
-            adjoint, tangent = self.algebra.tensor(g), self.algebra.tensor(t)
-            m, n = len(g.free), len(t.free)
-            if m and n:
-                adjoint = adjoint[(slice(None),) * m + (None,) * n]  # type: ignore[assignment]
-            core = curve(call, adjoint, i, j, tangent)
-            event = self.canonical.event(known.operands[i])
-            self._check_rank(node, core, m + n + self.nb + len(event))
-            return Structured(core, (None,) * len(event), (*g.basis, *t.basis), event)
-
-        return apply
-

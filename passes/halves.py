@@ -18,7 +18,8 @@ from torch import fx
 from fxhess.contraction import Factor, contract
 from fxhess.emit import VAL, Var
 from fxhess.kinds import Label
-from fxhess.passes.forms import Curvature, Forms, Moved
+from fxhess.passes.curvature import Curvature, Moved
+from fxhess.passes.forms import Forms
 from fxhess.structure import Structured
 
 Pattern = tuple[int, ...]
@@ -117,9 +118,7 @@ class Halves:
         names = [*term.outputs, *t, *u]
         distinct = list(dict.fromkeys(names))
         universe = {a: n for a, n in sizes.items() if a not in distinct}
-        core = contract(
-            self.emitter, factors, [*batch, *distinct], universe, self.forms.batch_size
-        )
+        core = contract(self.emitter, factors, [*batch, *distinct], universe, self.forms.batch_size)
         pattern = tuple(distinct.index(a) for a in names)
         half.add(pattern, core)
         return pattern
@@ -213,10 +212,10 @@ class Halves:
             output.append(("d", axis))
             if sizes[axis] != 1:
                 factors.append((self.algebra.eye(sizes[axis]), [("c", name), ("d", axis)]))
-        out = contract(
-            self.emitter, factors, [*batch, *output], None, self.forms.batch_size
+        out = contract(self.emitter, factors, [*batch, *output], None, self.forms.batch_size)
+        return (
+            out if isinstance(out, Var) else self.algebra.full([1] * (self.nb + len(output)), out)
         )
-        return out if isinstance(out, Var) else self.algebra.full([1] * (self.nb + len(output)), out)
 
     def zeros(self, sizes: Sequence[int]) -> Var:
         batch = [self.algebra.batch_size(i) for i in range(self.nb)]

@@ -120,7 +120,11 @@ class Layouts:
             lambda v: v.node if isinstance(v, Var) else v,
         )
         var.node.meta[FACT] = Fact(
-            kind, tuple(v.node for v in operands), tuple(axes), *nodes, mixed,  # type: ignore[misc]
+            kind,
+            tuple(v.node for v in operands),
+            tuple(axes),
+            *nodes,
+            mixed,  # type: ignore[misc]
             operator or var.node.target,
         )
         var.node.meta[ORIGIN] = self.origin
@@ -139,9 +143,7 @@ class Layouts:
         if isinstance(scale, Var) and not isinstance(scale.val, torch.Tensor):
             # A number that depends on the batch size, as a tensor like any other factor.
             scale = self.emitter.call(torch.Tensor.new_full, self.x, (), scale)
-        kind = Multilinear(
-            tuple(map(tuple, inputs)), tuple(output), scale, dict(sizes or {})
-        )
+        kind = Multilinear(tuple(map(tuple, inputs)), tuple(output), scale, dict(sizes or {}))
         var = self.emitter.call(
             contraction.evaluate, kind.inputs, kind.output, kind.sizes, scale, *operands
         )
@@ -162,16 +164,13 @@ class Layouts:
         dim = at - len(event)
         var = self.emitter.call(torch.unflatten, laid.var, dim, tuple(sizes))
         after = len(sizes) - 1
-        axes = tuple(
-            i if i < at else (None if i == at else i + after) for i in range(len(event))
-        )
+        axes = tuple(i if i < at else (None if i == at else i + after) for i in range(len(event)))
         first = at - (len(event) + after)
         last = first + after
         kind = Linear(pull=lambda g, c: torch.flatten(g, first, last))
         self.annotate(var, kind, [laid.var], [axes])
         groups = tuple(
-            tuple(p for a in group for p in (parts if a is atom else (a,)))
-            for group in laid.groups
+            tuple(p for a in group for p in (parts if a is atom else (a,))) for group in laid.groups
         )
         return Laid(var, groups, laid.summed), parts
 
@@ -198,9 +197,7 @@ class Layouts:
         groups = (*laid.groups[:axis], whole, *laid.groups[axis + 1 :])
         return Laid(var, groups, laid.summed)
 
-    def arrange(
-        self, var: Var, labels: Sequence[Any], target: Sequence[Any], *, laid: bool
-    ) -> Var:
+    def arrange(self, var: Var, labels: Sequence[Any], target: Sequence[Any], *, laid: bool) -> Var:
         """Permute, drop and insert axes of size 1 so that the axes read as ``target``."""
         labels, target = list(labels), list(target)
         if labels == target:

@@ -13,12 +13,12 @@ import keyword
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import fx
+
 from fxhess.cost import name_of
 from fxhess.emit import ORIGIN, ROLE, VAL, Var
 from fxhess.errors import Origin
-
-import torch
-from torch import fx
 
 _PREFIX = {"value": "v", "adjoint": "g", "tangent": "J", "curvature": "C", "result": "H"}
 

@@ -27,9 +27,9 @@ from fxhess.derive import Derivation
 from fxhess.emit import Var
 from fxhess.errors import FxhessError, Origin, UnsupportedOpError
 from fxhess.facts import fact
+from fxhess.passes.bound import Raw
 from fxhess.passes.layout import Atom, Laid, Layouts
 from fxhess.passes.region import Probe, Region, with_items
-from fxhess.passes.signatures import Raw
 from fxhess.splice import Splicer, agree
 
 _MAX_CANDIDATES = 24
@@ -46,7 +46,9 @@ class Opaque:
         self.strict = fallback == "error"
         self.probe = Probe(captured, x)
 
-    def rewrite(self, nodes: Sequence[fx.Node], values: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
+    def rewrite(
+        self, nodes: Sequence[fx.Node], values: Mapping[fx.Node, Any]
+    ) -> dict[fx.Node, Any]:
         """Canonical values of the results of ``nodes``, given those of what they need."""
         nodes = with_items(nodes)
         region = Region.of(nodes, self.captured)
@@ -61,9 +63,7 @@ class Opaque:
         arranged = [self._arrangement(n, v) for n, v in zip(region.inputs, given, strict=True)]
         outputs = self._outputs(region, arranged, tensors)
         operands = tuple(
-            i
-            for i, v in enumerate(given)
-            if isinstance(v, Laid) and v.var.dtype.is_floating_point
+            i for i, v in enumerate(given) if isinstance(v, Laid) and v.var.dtype.is_floating_point
         )
         derivation = Derivation(
             region,
@@ -160,7 +160,8 @@ class Opaque:
             canonical = [a.canonical(t, sizes) for a, t in zip(inputs, tensors, strict=True)]
             for index in itertools.product(*map(range, sizes)):
                 sample = [
-                    a.captured(_take(t, index), ones) for a, t in zip(inputs, canonical, strict=True)
+                    a.captured(_take(t, index), ones)
+                    for a, t in zip(inputs, canonical, strict=True)
                 ]
                 alone.append((index, region(sample, ones, False)))
         found = []
@@ -213,7 +214,9 @@ class Opaque:
         for k, (node, var, arrangement) in enumerate(
             zip(region.outputs, results, derivation.outputs, strict=True)
         ):
-            if fact(var.node) is not None or any(var.node is v.node for v in vars_):  # an operand passed on as it is
+            if fact(var.node) is not None or any(
+                var.node is v.node for v in vars_
+            ):  # an operand passed on as it is
                 var = layouts.emitter.call(torch.ops.aten.alias.default, var)
             kind = self._kind(splicer, k, region.origin)
             if isinstance(kind, kinds.Zero):

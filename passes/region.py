@@ -244,4 +244,8 @@ def _joined(regions: Sequence[set[fx.Node]]) -> list[set[fx.Node]]:
 def _tensors(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
-    return [v for v in value if isinstance(v, torch.Tensor)] if isinstance(value, (tuple, list)) else []
+    return (
+        [v for v in value if isinstance(v, torch.Tensor)]
+        if isinstance(value, (tuple, list))
+        else []
+    )

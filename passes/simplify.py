@@ -17,7 +17,6 @@ from torch import fx
 
 from fxhess.emit import VAL
 
-
 CALLS = ("call_function", "call_method")
 
 
