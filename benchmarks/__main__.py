@@ -61,20 +61,19 @@ def selected(arguments: argparse.Namespace) -> tuple[list[Workload], list[Rival]
     return workloads, [r for r in RIVALS if r.default]
 
 
-def run_all(arguments: argparse.Namespace) -> tuple[list[report.Run], float]:
-    """Measure what was asked for, and the share of all cores that others used meanwhile."""
+def run_all(arguments: argparse.Namespace) -> list[report.Run]:
+    """Measure what was asked for, under a progress bar that counts workloads."""
     workloads, rivals = selected(arguments)
     names = tuple(rival.name for rival in rivals)
     budget = arguments.seconds or (0.5 if arguments.quick else 3.0)
     runs = []
-    share_of_others = watch_others()
     with tqdm(workloads, unit="workload", dynamic_ncols=True) as bar:
         for workload in bar:
             bar.set_description(workload.name)
             job = Job(workload.name, names, arguments.device, budget, arguments.memory)
             results = run_job(job, lambda stage, rival: bar.set_postfix_str(f"{rival}: {stage}"))
             runs.append(report.Run(workload, results))
-    return runs, share_of_others()
+    return runs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,8 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     given = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", "-m", "benchmarks", *given])
-    runs, others = ([], 0.0) if arguments.cold else run_all(arguments)
+    share_of_others = watch_others()
+    runs = [] if arguments.cold else run_all(arguments)
     cold = {} if arguments.quick else measure_cold(processes=5)
+    others = share_of_others()
 
     console = Console()
     if not console.is_terminal:
