@@ -19,6 +19,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 
 try:
+    from torch._dispatch.python import enable_python_dispatcher
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import (
         DimDynamic,
@@ -79,7 +80,7 @@ def _trace_fake(
     env = ShapeEnv(duck_shape=False, specialize_zero_one=True)
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     sizes = [DimDynamic.DYNAMIC if i < batch_ndim else DimDynamic.STATIC for i in range(x.ndim)]
-    context = StatelessSymbolicContext(dynamic_sizes=sizes)
+    context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
     with mode:
         fake_x = mode.from_tensor(x, symbolic_context=context)
         symbols = tuple(_expression(fake_x.shape[i]) for i in range(batch_ndim))
@@ -89,7 +90,8 @@ def _trace_fake(
             if id(t) not in fakes:
                 fakes[id(t)] = mode.from_tensor(t, static_shapes=True).detach()
     # Leave fake tensors of tied weights distinct inputs: the caller passes distinct names.
-    with mode:
+    # Without the Python dispatcher, shape functions written in Python miss symbolic sizes.
+    with mode, enable_python_dispatcher():
         graph_module = make_fx(
             torch.func.functionalize(function),
             decomposition_table=dict(decompositions),
@@ -147,7 +149,7 @@ def functional(
 
     inputs = [n.meta["val"] for n in graph_module.graph.nodes if n.op == "placeholder"]
     mode = next(v.fake_mode for v in inputs if hasattr(v, "fake_mode"))
-    with mode:
+    with mode, enable_python_dispatcher():
         return make_fx(
             torch.func.functionalize(Recorder(graph_module).run),
             decomposition_table=dict(decompositions),

@@ -49,7 +49,8 @@ def transform(
             or, with ``fallback="error"``, none that can be written as plain operations.
 
     Example:
-        >>> hess = fxhess.transform(torch.nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)))
+        >>> net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+        >>> hess = fxhess.transform(net)
         >>> hess(torch.randn(32, 3)).shape
         torch.Size([32, 3, 3])
 

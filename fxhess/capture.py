@@ -172,7 +172,7 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int) -> Captured:
         CaptureError: PyTorch cannot trace the model, the model branches on values of tensors, or
             it does not return one tensor.
     """
-    named = dict(model.named_parameters(remove_duplicate=False))
+    named: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     named.update(model.named_buffers(remove_duplicate=False))
     names = list(named)
 

@@ -8,7 +8,6 @@ and never limits the size of a label.  Labels that are not asked for in the resu
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -73,7 +72,8 @@ def contract(
         if len(picked) == 1:
             operands.append(writer.reduce(picked[0], needed))
         else:
-            operands.append(writer.product(*picked, needed, output if last else None))
+            first, second = picked
+            operands.append(writer.product(first, second, needed, output if last else None))
     (result,) = operands
     result = writer.reduce(result, set(output))
     return writer.arrange(result, tuple(output))
@@ -84,7 +84,8 @@ def _scaled(operands: list[_Operand], scale: float) -> list[_Operand]:
         return operands
     at = min(range(len(operands)), key=lambda i: operands[i].var.val.numel())
     smallest = operands[at]
-    operands[at] = _Operand(smallest.var * scale, smallest.labels)
+    scaled: Any = smallest.var * scale
+    operands[at] = _Operand(scaled, smallest.labels)
     return operands
 
 
@@ -153,7 +154,8 @@ class _Writer:
 
     def arrange(self, operand: _Operand, target: Sequence[Label | None]) -> Var:
         """The operand with its axes in the order of ``target``, of size 1 where it has none."""
-        var, labels = operand.var, list(operand.labels)
+        var: Any = operand.var
+        labels = list(operand.labels)
         order = [a for a in target if a is not None and a in labels]
         present = [a for a in labels if a is not None]
         assert len(order) == len(present), (labels, target)
@@ -178,7 +180,8 @@ class _Writer:
         if not dims:
             return operand
         rest = tuple(a for i, a in enumerate(operand.labels) if i not in dims)
-        return _Operand(torch.sum(operand.var, dims), rest)
+        total: Any = torch.sum(operand.var, dims)
+        return _Operand(total, rest)
 
     def product(
         self, a: _Operand, b: _Operand, needed: set[Label], output: Sequence[Label] | None
@@ -229,8 +232,8 @@ class _Writer:
         only_a = [x for x in a.present if x in only_a]
         s, k, rows, m = len(shared), len(summed), len(only_a), len(only_b)
         vector = [None] if s and not m else []
-        left = self.arrange(a, [*shared, *only_a, *summed])
-        right = self.arrange(b, [*shared, *summed, *only_b, *vector])
+        left: Any = self.arrange(a, [*shared, *only_a, *summed])
+        right: Any = self.arrange(b, [*shared, *summed, *only_b, *vector])
         if k > 1:
             left = torch.flatten(left, -k, -1)
             right = torch.flatten(right, s, s + k - 1)
@@ -241,7 +244,7 @@ class _Writer:
         dtype = torch.promote_types(left.dtype, right.dtype)
         left = left if left.dtype == dtype else left.to(dtype)
         right = right if right.dtype == dtype else right.to(dtype)
-        result = torch.matmul(left, right)
+        result: Any = torch.matmul(left, right)
         if vector:
             result = torch.squeeze(result, -1)
         if m > 1:

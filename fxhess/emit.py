@@ -24,7 +24,11 @@ ORIGIN = "origin"  # node.meta[ORIGIN]: fxhess.errors.Origin of the user's opera
 ROLE = "role"  # node.meta[ROLE]: 'value', 'adjoint', 'tangent', 'curvature' or 'result'
 
 
-class Var(fx.Proxy):
+# To a type checker a Var passes wherever a tensor does: rules write ordinary PyTorch on it.
+_Base: Any = fx.Proxy
+
+
+class Var(_Base):
     """A value in a graph under construction; every operator on it appends a node.
 
     ``val`` is a meta tensor; its batch axes have the nominal batch size, so read batch sizes
@@ -150,7 +154,7 @@ def _broadcast(node: fx.Node) -> torch.Tensor | None:
     tensors = [v for v in values if isinstance(v, torch.Tensor)]
     if not tensors:
         return None
-    dtype = torch.result_type(*values)
+    dtype = torch.result_type(*values)  # type: ignore[arg-type]
     if not dtype.is_floating_point:
         return None
     shape: list[int] = []

@@ -27,7 +27,8 @@ class Execution:
 
     ``prologue`` maps the model's tensors to what the body needs of them; ``body`` takes x, these
     and the results to write into.  ``per_sample``: bytes of working memory a sample needs at the
-    peak, ``flops``: operations a sample takes, both estimated.  ``tiled``: whether samples may be run apart (no random numbers).
+    peak, ``flops``: operations a sample takes, both estimated.  ``tiled``: whether samples may be
+    run apart (no random numbers).
     """
 
     prologue: fx.GraphModule

@@ -27,10 +27,10 @@ class Fact:
 
     ``kind``: how it differentiates; ``operands``: the tensor operands that ``kind`` speaks of;
     ``axes``: for each operand, for each of its event axes, the event axis of the result that it
-    becomes, or None where positions along it are mixed; ``operator``, ``args``, ``kwargs``: the operation's own,
-    canonical, as rule functions see them; ``mixed``: how many trailing axes a rule with
-    ``fold`` needs behind its one leading axis; ``active``: whether a derivative with respect to x
-    flows through.
+    becomes, or None where positions along it are mixed; ``operator``, ``args``, ``kwargs``: the
+    operation's own, canonical, as rule functions see them; ``mixed``: how many trailing axes a rule
+    with ``fold`` needs behind its one leading axis; ``active``: whether a derivative with respect to
+    x flows through.
     """
 
     kind: Kind
@@ -48,8 +48,8 @@ class Canonical:
     """A canonical graph: placeholders x and the sources, and one output node.
 
     ``batch_ndim`` counts the batch axes; ``summed`` tells that the model returns the plain sum
-    over the batch of separate terms; ``vector`` that it returns ``[*batch, m]``; ``device`` is where
-    it runs.
+    over the batch of separate terms; ``vector`` that it returns ``[*batch, m]``; ``device`` is
+    where it runs.
     """
 
     graph: fx.Graph

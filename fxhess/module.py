@@ -28,7 +28,7 @@ OUTPUTS = ("value", "gradient", "hessian")
 @cache
 def result_type(outputs: tuple[str, ...]) -> Any:
     """The named tuple that holds several outputs."""
-    return namedtuple("Derivatives", outputs)  # noqa: PYI024  (fields are known at run time)
+    return namedtuple("Derivatives", outputs)
 
 
 @dataclass
@@ -116,9 +116,7 @@ class HessianModule(nn.Module):
         transform) and there is enough work for the faster way of running."""
         if torch.compiler.is_compiling() or type(x) not in (torch.Tensor, nn.Parameter):
             return False
-        if torch.is_grad_enabled() and (
-            x.requires_grad or any(t.requires_grad for t in tensors)
-        ):
+        if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors)):
             return False
         execution = program.execution
         if execution is None or not execution.worthwhile(x, program.batch_ndim):

@@ -61,7 +61,6 @@ def hessian(model: Model, x: torch.Tensor, event_ndim: int = 1) -> torch.Tensor:
 
 
 def _hessian_of(y: torch.Tensor, point: torch.Tensor) -> torch.Tensor:
-    n = point.numel()
     zeros = point.new_zeros((*point.shape, *point.shape))
     if not y.requires_grad:
         return zeros

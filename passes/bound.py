@@ -68,7 +68,7 @@ class Bound:
             return self.emit(), lambda var: var
         operand = self.arguments[name]
         nb = self.layouts.nb
-        sizes = [self.layouts.batch_size(i) for i in range(nb)]
+        sizes: list[Any] = [self.layouts.batch_size(i) for i in range(nb)]
         sizes += [int(s) for s in operand.val.shape[nb:leading]]
         folded = torch.flatten(operand, 0, leading - 1) if leading else operand[None]
         self.arguments[name] = folded
@@ -76,7 +76,7 @@ class Bound:
         self.arguments[name] = operand
         if leading == 0:
             return var, lambda v: v[0]
-        return var, lambda v: torch.unflatten(v, 0, tuple(sizes))
+        return var, lambda v: torch.unflatten(v, 0, tuple(sizes))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, eq=False)

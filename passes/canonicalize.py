@@ -105,8 +105,8 @@ class _Walk:
     def _step(self, node: fx.Node) -> Any:
         origin = node.meta.get(ORIGIN)
         self.layouts.origin = origin
-        args = fx.node.map_arg(node.args, lambda n: self.values[n])
-        kwargs = fx.node.map_arg(node.kwargs, lambda n: self.values[n])
+        args: Any = fx.node.map_arg(node.args, lambda n: self.values[n])
+        kwargs: Any = fx.node.map_arg(node.kwargs, lambda n: self.values[n])
         with self.emitter.at(origin):
             if node.target is operator.getitem:
                 return args[0][args[1]]
@@ -193,14 +193,10 @@ class _Walk:
         node = result.var.node
         if node.meta.get(FACT) is None:
             node.meta[FACT] = Fact(kinds.Zero())
+        x_var = self.layouts.x
+        assert x_var is not None
         return Canonical(
-            self.emitter.graph,
-            self.layouts.x.node,
-            node,
-            nb,
-            bool(result.summed),
-            vector,  # type: ignore[union-attr]
-            device,
+            self.emitter.graph, x_var.node, node, nb, bool(result.summed), vector, device
         )
 
     def _constant(self, raw: Raw) -> Laid:

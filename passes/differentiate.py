@@ -119,7 +119,7 @@ class Draft:
             kwargs = fx.node.map_arg(node.kwargs, self.values.__getitem__)
             with self.emitter.at(node.meta.get(ORIGIN), "value"):
                 if node.target is evaluate:
-                    self.values[node] = self._evaluate(node, *args)
+                    self.values[node] = self._evaluate(node, *args)  # type: ignore[arg-type]
                 else:
                     self.values[node] = self.emitter.create_proxy(
                         node.op, node.target, args, kwargs

@@ -85,9 +85,9 @@ class Forms:
         event = self.canonical.event(node)
         if isinstance(known.kind, Multilinear):
             output = list(known.kind.output[self.nb :])
-            for operand, labels in zip(known.operands, known.kind.inputs, strict=True):
+            for operand, given in zip(known.operands, known.kind.inputs, strict=True):
                 batched = fact(operand) is not None
-                inputs.append(list(labels[self.nb :] if batched else labels))
+                inputs.append(list(given[self.nb :] if batched else given))
         else:
             output = [("e", i) for i in range(len(event))]
             for operand in known.operands:

@@ -192,7 +192,7 @@ class Halves:
         if total is not None:
             a = total.ndim - 2 * n
             order = [*range(a), *range(a + n, a + 2 * n), *range(a, a + n)]
-            result = total + torch.permute(total, order)
+            result = total + torch.permute(total, order)  # type: ignore[assignment]
         for dense in diagonal:
             result = dense if result is None else result + dense
         assert result is not None

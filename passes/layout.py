@@ -115,7 +115,7 @@ class Layouts:
         operator: Any = None,
     ) -> Var:
         """Attach the fact that differentiation reads; ``args`` are the node's own by default."""
-        nodes = fx.node.map_aggregate(
+        nodes: Any = fx.node.map_aggregate(
             (var.node.args, var.node.kwargs) if args is None else (args, dict(kwargs or {})),
             lambda v: v.node if isinstance(v, Var) else v,
         )
@@ -123,8 +123,9 @@ class Layouts:
             kind,
             tuple(v.node for v in operands),
             tuple(axes),
-            *nodes,
-            mixed,  # type: ignore[misc]
+            nodes[0],
+            nodes[1],
+            mixed,
             operator or var.node.target,
         )
         var.node.meta[ORIGIN] = self.origin
@@ -204,7 +205,7 @@ class Layouts:
             return var
         if not laid and labels == target[len(target) - len(labels) :]:
             return var  # broadcasting aligns it by itself
-        return self.equation([var], [labels], target, sizes={a: 1 for a in target})
+        return self.equation([var], [labels], target, sizes=dict.fromkeys(target, 1))
 
     def mixing(self, what: str) -> SampleMixingError:
         return SampleMixingError(

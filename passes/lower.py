@@ -44,8 +44,7 @@ def lower(graph: fx.Graph, results: Mapping[str, Var]) -> fx.GraphModule:
             mapped[node].name = names.pick({"hessian": "H", "gradient": "g"}.get(name, name))
     for node in fresh.nodes:
         _plain_methods(node)
-    module = fx.GraphModule(torch.nn.Module(), fresh, "GeneratedDerivative")
-    return module
+    return fx.GraphModule(torch.nn.Module(), fresh, "GeneratedDerivative")
 
 
 def _meta(node: fx.Node) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def _block(layouts: Layouts, atoms: list[Atom], sizes: list[Any]) -> tuple[list[
 
 def _exceeds(have: Any, want: Any) -> bool:
     """Whether ``have`` is larger, for batches that are large (sizes are monomials)."""
-    probe = {s: 1_000_003 for s in have.free_symbols | want.free_symbols}
+    probe = dict.fromkeys(have.free_symbols | want.free_symbols, 1_000_003)
     return bool(have.subs(probe) > want.subs(probe))
 
 

@@ -292,7 +292,7 @@ def _mixed_results(
     if not isinstance(bound.result, (tuple, list)):
         return finish(var, bound.result, rule.kind)
     layouts.annotate(var, Zero(), [], [])
-    results = []
+    results: list[Laid | None] = []
     for i, result in enumerate(bound.result):
         if not isinstance(result, torch.Tensor):
             results.append(None)

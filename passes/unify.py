@@ -28,9 +28,10 @@ class Unifier:
             if label is None:
                 continue
             for atom in group:
-                if atom.batch is not None:
-                    if self.batch_home.setdefault(atom.batch, label) != label:
-                        raise self.layouts.mixing("combines the batch with itself")
+                if atom.batch is None:
+                    continue
+                if self.batch_home.setdefault(atom.batch, label) != label:
+                    raise self.layouts.mixing("combines the batch with itself")
             self.groups[label] = (
                 self._refine(self.groups[label], group) if label in self.groups else group
             )
@@ -76,7 +77,7 @@ class Unifier:
                 if atom.batch is not None:
                     want.pop(0)
                     continue
-                sizes = []
+                sizes: list[int] = []
                 while math.prod(sizes) != atom.size or not sizes:
                     sizes.append(want.pop(0).size)
                 if len(sizes) > 1:
@@ -92,7 +93,7 @@ class Unifier:
 
     def conform_raw(self, operand: Raw, labels: Sequence[Any]) -> tuple[Var, list[Any]]:
         """Likewise for a constant: its axes are cut as the groups say, batch axes first."""
-        var = operand.var
+        var: Any = operand.var
         sizes: list[Any] = []
         names: list[Any] = []
         for axis, (label, size) in enumerate(zip(labels, operand.shape, strict=True)):
@@ -106,9 +107,12 @@ class Unifier:
                     f"combines an axis of {self.layouts.extent(group)} with one of {size}"
                 )
             for position, atom in enumerate(group):
-                batch = atom.batch is not None
-                sizes.append(self.layouts.batch_size(atom.batch) if batch else atom.size)
-                names.append(f"b{atom.batch}" if batch else (label, position))
+                if atom.batch is None:
+                    sizes.append(atom.size)
+                    names.append((label, position))
+                else:
+                    sizes.append(self.layouts.batch_size(atom.batch))
+                    names.append(f"b{atom.batch}")
         if len(sizes) != len(operand.shape):
             var = torch.reshape(var, sizes)
         return var, names
