@@ -76,19 +76,19 @@ class Emitter(TracerBase):
     def __init__(self, graph: fx.Graph | None = None) -> None:
         super().__init__()
         self.graph = graph if graph is not None else fx.Graph()
-        self._origin: Origin | None = None
-        self._role = "value"
+        self.origin: Origin | None = None
+        self.role = "value"
 
     @contextmanager
     def at(self, origin: Origin | None = None, role: str | None = None) -> Iterator[None]:
         """Label the nodes written inside with where they come from and what they are for."""
-        before = self._origin, self._role
-        self._origin = origin if origin is not None else self._origin
-        self._role = role if role is not None else self._role
+        before = self.origin, self.role
+        self.origin = origin if origin is not None else self.origin
+        self.role = role if role is not None else self.role
         try:
             yield
         finally:
-            self._origin, self._role = before
+            self.origin, self.role = before
 
     def placeholder(self, name: str, val: Any) -> Var:
         node = self.graph.placeholder(name)
@@ -113,8 +113,8 @@ class Emitter(TracerBase):
             kind, target, fx.node.map_aggregate(args, _node), fx.node.map_aggregate(kwargs, _node)
         )
         node.meta[VAL] = self._run(node)
-        node.meta[ORIGIN] = self._origin
-        node.meta[ROLE] = self._role
+        node.meta[ORIGIN] = self.origin
+        node.meta[ROLE] = self.role
         return Var(node, self)
 
     def _run(self, node: fx.Node) -> Any:
@@ -135,11 +135,11 @@ class Emitter(TracerBase):
         except Exception as error:
             raise InternalError(
                 f"cannot write {node.target}: {error}\n  operands: {args}, {kwargs}",
-                where=self._origin,
+                where=self.origin,
             ) from error
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        raise InternalError("a rule branched on the value of a tensor", where=self._origin)
+        raise InternalError("a rule branched on the value of a tensor", where=self.origin)
 
 
 _ARITHMETIC = frozenset({operator.add, operator.sub, operator.mul, operator.truediv})

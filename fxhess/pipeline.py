@@ -142,11 +142,23 @@ def compile_captured(captured: Captured, x: torch.Tensor, options: Options) -> P
         [piece.base.name for piece in plan.pieces],
         plan.estimate,
         captured.batch_ndim,
-        slow_nodes(module.graph),
+        (*slow_nodes(module.graph), *_lost(derivative.losses)),
         clock.marks,
     )
     _ = program.fused  # made now: a compiler that traces a call must find it ready
     return program
+
+
+def _lost(losses: Sequence[tuple[Origin | None, int]]) -> list[str]:
+    """Where block-diagonal tangents became dense, one line an operation."""
+    found: dict[str, int] = {}
+    for origin, size in losses:
+        where = str(origin) if origin else "the result"
+        found[where] = max(found.get(where, 0), size)
+    return [
+        f"structure lost: an axis of {size} of the tangents became dense at {where}"
+        for where, size in found.items()
+    ]
 
 
 def _describe(terms: Sequence[Term]) -> list[tuple[Origin | None, str, str, str]]:

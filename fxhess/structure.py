@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from fxhess.emit import Emitter, Var
+from fxhess.errors import Origin
 from fxhess.kinds import Label
 
 
@@ -75,6 +76,8 @@ class Algebra:
         self.like = like
         self.batch_size = batch_size
         self.device = device
+        # Where tangents lost structure, for `explain`: the operation, and the axis's size.
+        self.losses: list[tuple[Origin | None, int]] = []
 
     def identity(self, event: tuple[int, ...]) -> Structured:
         """The derivative of a value along itself."""
@@ -102,6 +105,8 @@ class Algebra:
             k = s.ties[e]
             if k is None:
                 continue
+            if self.emitter.role == "tangent":
+                self.losses.append((self.emitter.origin, s.event[e]))
             ties = tuple(None if i == e else t for i, t in enumerate(s.ties))
             wider = replace(s, ties=ties)
             position = wider.free.index(k)

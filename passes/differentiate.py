@@ -34,7 +34,7 @@ from torch import fx
 
 from fxhess.contraction import Factor, contract, evaluate
 from fxhess.emit import ORIGIN, VAL, Emitter, Var
-from fxhess.errors import SampleMixingError
+from fxhess.errors import Origin, SampleMixingError
 from fxhess.facts import Canonical, Fact, fact, is_active
 from fxhess.kinds import Label, is_curved
 from fxhess.passes.curvature import Curvature, Moved, curvature
@@ -65,11 +65,13 @@ class Term:
 
 @dataclass
 class Derivative:
-    """The graph with its results by name, and how each term ended."""
+    """The graph with its results by name, how each term ended, and where tangents lost structure
+    (the operation, and the size of the axis)."""
 
     graph: fx.Graph
     results: dict[str, Var]
     terms: list[Term]
+    losses: list[tuple[Origin | None, int]]
 
 
 def differentiate(
@@ -84,7 +86,7 @@ def differentiate(
         "hessian": lambda: draft.hessian(pieces),
     }
     results = {name: makers[name]() for name in outputs}
-    return Derivative(draft.emitter.graph, results, draft.terms)
+    return Derivative(draft.emitter.graph, results, draft.terms, draft.algebra.losses)
 
 
 class Draft:
