@@ -38,7 +38,7 @@ class Arrangement:
         for k in reversed(range(self.batch_ndim)):
             if k not in present:
                 t = t.select(lead + k, 0)
-        if present:
+        if any(_is_one(t.shape[lead + i]) for i in range(len(present))):
             t = t.expand([*t.shape[:lead], *(sizes[k] for k in present), *self.event])
         order = list(range(lead))
         at = lead + len(present)
@@ -70,6 +70,11 @@ class Arrangement:
             if k not in present:
                 y = y.unsqueeze(lead + k)
         return y
+
+
+def _is_one(size: Any) -> bool:
+    """Whether a size is the number 1, not a symbol."""
+    return isinstance(size, int) and size == 1
 
 
 def _product(factors: Iterable[Any]) -> Any:

@@ -48,7 +48,7 @@ class FunctionCall:
         flat = list(self.arguments)
         for i, t in zip(self.tensors, tensors, strict=True):
             flat[i] = t
-        result = _apply(self.cls, *tree_unflatten(flat, self.spec))
+        result = self.cls.apply(*tree_unflatten(flat, self.spec))
         values, spec = tree_flatten(result)
         if self.results is None:
             rest = [None if isinstance(v, torch.Tensor) else v for v in values]

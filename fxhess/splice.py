@@ -132,7 +132,7 @@ class Splicer:
             )
             inputs.append(drawn.to(x.device, dtype))
         longest = max((s for d in dims[1 + len(tensors) :] for s in d[:1] if isinstance(s, int)), default=1)
-        ways = [Way(batched=True), Way()] if longest <= _UNROLLED else [Way(batched=True)]
+        ways = [Way(True, True)] + ([Way(False, True)] if longest <= _UNROLLED else [])
         for way in ways:
             try:
                 traced = _batched.trace_batched(
@@ -318,6 +318,8 @@ def splice(emitter: Emitter, traced: fx.GraphModule, inputs: Sequence[Var]) -> A
             return list(result) if isinstance(result, (list, tuple)) else result
         if node.target in _SAME and not node.meta.get(_batched.KEPT):
             values[node] = args[0]
+        elif node.target in _VIEWS and _shape(node) == _shape(node.args[0]):
+            values[node] = args[0]
         elif node.target in _VIEWS:
             values[node] = emitter.call(_aten.reshape.default, *args)
         elif node.target is operator.getitem and not isinstance(args[0], Var):
@@ -328,6 +330,11 @@ def splice(emitter: Emitter, traced: fx.GraphModule, inputs: Sequence[Var]) -> A
         else:
             values[node] = emitter.call(node.target, *args, **kwargs)
     raise Untraceable("a trace without a result")
+
+
+def _shape(node: Any) -> tuple[str, ...] | None:
+    value = node.meta.get("val")
+    return tuple(map(str, value.shape)) if isinstance(value, torch.Tensor) else None
 
 
 def _constant(emitter: Emitter, tensor: torch.Tensor, like: Var) -> Var:
