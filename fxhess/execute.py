@@ -21,13 +21,39 @@ TILE_BYTES = {"cpu": 24 << 20}
 _WORTHWHILE = 5_000_000  # operations
 
 
+_WORTH_KEEPING = 8  # operations of the prologue for each entry of the tensors it depends on
+
+
+class Hoisted:
+    """What a prologue gave, kept until a tensor that it depends on changes.
+
+    A change is seen by comparing contents with a copy (one pass over the tensors), so one that
+    leaves no trace (through ``.data``, in another process's shared memory) is seen too.
+    """
+
+    def __init__(self) -> None:
+        self.values: Any = None
+        self._copies: list[torch.Tensor] = []
+
+    def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
+        return (
+            self.values is not None
+            and len(tensors) == len(self._copies)
+            and all(torch.equal(t, c) for t, c in zip(tensors, self._copies, strict=True))
+        )
+
+    def keep(self, tensors: Sequence[torch.Tensor], values: Any) -> None:
+        self._copies = [t.clone() for t in tensors]
+        self.values = values
+
+
 @dataclass
 class Execution:
     """A program split for running without autograd.
 
     ``prologue`` maps the model's tensors to what the body needs of them; ``body`` takes x, these
     and the results to write into.  ``per_sample``: bytes of working memory a sample needs at the
-    peak, ``flops``: operations a sample takes, both estimated.  ``tiled``: whether samples may be
+    peak; ``flops`` and ``prologue_flops``: operations a sample and the prologue take; estimates.  ``tiled``: whether samples may be
     run apart (no random numbers).
     """
 
@@ -37,6 +63,7 @@ class Execution:
     dtypes: list[torch.dtype]
     per_sample: int
     flops: int
+    prologue_flops: int
     tiled: bool
 
     def worthwhile(self, x: torch.Tensor, batch_ndim: int) -> bool:
@@ -68,6 +95,7 @@ class Execution:
             [v.dtype for v in vals],
             max(1, peak // max(1, nominal)),
             sum(map(cost.flops, calls)) // max(1, nominal),
+            sum(map(cost.flops, prologue.nodes)),
             all(is_repeatable(n) for n in calls if n.op == "call_function") and not summed,
         )
 
@@ -77,8 +105,10 @@ class Execution:
         tensors: Sequence[torch.Tensor],
         batch_ndim: int,
         out: Sequence[torch.Tensor] | None = None,
+        memory: Hoisted | None = None,
     ) -> list[torch.Tensor]:
-        """All results, written into ``out`` or into fresh tensors."""
+        """All results, written into ``out`` or into fresh tensors; ``memory`` keeps what the
+        prologue gave from call to call."""
         batch = x.shape[:batch_ndim]
         if out is None:
             out = [
@@ -87,7 +117,7 @@ class Execution:
             ]
         if batch.numel() == 0:
             return list(out)
-        hoisted = self.prologue.forward(*tensors)
+        hoisted = self._hoisted(tensors, memory)
         rows = batch[0]
         step = self._tile(x, batch_ndim)
         if step >= rows:
@@ -97,6 +127,15 @@ class Execution:
             stop = min(rows, start + step)
             self.body.forward(x[start:stop], *hoisted, *(o[start:stop] for o in out))
         return list(out)
+
+    def _hoisted(self, tensors: Sequence[torch.Tensor], memory: Hoisted | None) -> Any:
+        entries = sum(t.numel() for t in tensors)
+        small = self.prologue_flops < _WORTH_KEEPING * entries
+        if memory is None or small or not self.tiled:
+            return self.prologue.forward(*tensors)
+        if not memory.holds(tensors):
+            memory.keep(tensors, self.prologue.forward(*tensors))
+        return memory.values
 
     def _tile(self, x: torch.Tensor, batch_ndim: int) -> int:
         """How many entries of the first batch axis make one tile."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 from collections import namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -17,7 +17,7 @@ from fxhess import _torch
 from fxhess.cache import programs
 from fxhess.capture import Captured, Source, as_module, capture
 from fxhess.errors import CaptureError, InputError
-from fxhess.execute import run_whole
+from fxhess.execute import Hoisted, run_whole
 from fxhess.explain import Explanation
 from fxhess.pipeline import Options, Program, compile_captured, key_of
 from fxhess.verify import Verification, verify
@@ -41,6 +41,7 @@ class Binding:
     guards: tuple[Any, ...]
     symbols: tuple[Any, ...]
     generation: int
+    hoisted: Hoisted = field(default_factory=Hoisted)
 
     def holds(self, x: torch.Tensor) -> bool:
         """Whether the batch sizes are among those that the model was traced for."""
@@ -99,11 +100,11 @@ class HessianModule(nn.Module):
                 execution = program.execution
                 if execution is None:
                     return out.copy_(program.graph_module(x, *tensors))
-                return execution(x, tensors, program.batch_ndim, [out])[0]
+                return execution(x, tensors, program.batch_ndim, [out], binding.hoisted)[0]
         if self._plain_run(program, x, tensors):
             execution = program.execution
             assert execution is not None
-            results = execution(x, tensors, program.batch_ndim)
+            results = execution(x, tensors, program.batch_ndim, None, binding.hoisted)
         elif torch.compiler.is_compiling():
             results = run_whole(program.fused, x, tensors)
         else:
