@@ -21,6 +21,7 @@ from fxhess.errors import InternalError, Origin
 
 VAL = "val"  # node.meta[VAL]: a meta tensor (or plain number) standing for the node's value
 ORIGIN = "origin"  # node.meta[ORIGIN]: fxhess.errors.Origin of the user's operation
+VARIES = "varies"  # node.meta[VARIES]: whether the value depends on x, so that it cannot be hoisted
 ROLE = "role"  # node.meta[ROLE]: 'value', 'adjoint', 'tangent', 'curvature' or 'result'
 
 
@@ -93,6 +94,7 @@ class Emitter(TracerBase):
     def placeholder(self, name: str, val: Any) -> Var:
         node = self.graph.placeholder(name)
         node.meta[VAL] = to_meta(val)
+        node.meta[VARIES] = name == "x"
         return Var(node, self)
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Var:
@@ -115,6 +117,7 @@ class Emitter(TracerBase):
         node.meta[VAL] = self._run(node)
         node.meta[ORIGIN] = self.origin
         node.meta[ROLE] = self.role
+        node.meta[VARIES] = any(operand.meta[VARIES] for operand in node.all_input_nodes)
         return Var(node, self)
 
     def _run(self, node: fx.Node) -> Any:

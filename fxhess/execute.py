@@ -53,8 +53,8 @@ class Execution:
 
     ``prologue`` maps the model's tensors to what the body needs of them; ``body`` takes x, these
     and the results to write into.  ``per_sample``: bytes of working memory a sample needs at the
-    peak; ``flops`` and ``prologue_flops``: operations a sample and the prologue take; estimates.  ``tiled``: whether samples may be
-    run apart (no random numbers).
+    peak; ``flops`` and ``prologue_flops``: operations a sample and the prologue take; estimates.
+    ``tiled``: whether samples may be run apart (no random numbers).
     """
 
     prologue: fx.GraphModule

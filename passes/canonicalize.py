@@ -13,6 +13,7 @@ operation it is never matters.
 
 from __future__ import annotations
 
+import keyword
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -75,13 +76,15 @@ class _Walk:
         nodes = list(self.captured.graph_module.graph.nodes)
         placeholders = [n for n in nodes if n.op == "placeholder"]
         self._enter_x(placeholders[0], x)
+        taken = {"x"}
         for i, (node, source) in enumerate(
             zip(placeholders[1:], self.captured.sources, strict=True)
         ):
             val = node.meta["val"]
             stand_in = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device="meta")
             name = "_".join(source.path) or f"constant_{i}"
-            var = self.emitter.placeholder(_identifier(name), stand_in)
+            name = _identifier(name, taken)
+            var = self.emitter.placeholder(name, stand_in)
             self.values[node] = Raw(var, tuple(val.shape))
         needed = _ancestors(self.captured.output)
         steps = [n for n in nodes if n in needed and n.op == "call_function"]
@@ -253,9 +256,15 @@ def _shape(val: torch.Tensor) -> tuple[Any, ...]:
     return tuple(int(e) if e.is_number else e for e in expressions)
 
 
-def _identifier(name: str) -> str:
+def _identifier(name: str, taken: set[str]) -> str:
+    """A name for generated code that says where the tensor is read; added to ``taken``."""
     clean = "".join(c if c.isascii() and (c.isalnum() or c == "_") else "_" for c in name)
-    return clean if clean and not clean[0].isdigit() else f"p_{clean}"
+    if not clean or clean[0].isdigit() or keyword.iskeyword(clean):
+        clean = f"p_{clean}"
+    while clean in taken:
+        clean += "_"
+    taken.add(clean)
+    return clean
 
 
 def _pretty(shape: Sequence[Any]) -> str:

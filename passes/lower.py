@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from fxhess.cost import name_of
-from fxhess.emit import ORIGIN, ROLE, VAL, Var
+from fxhess.emit import ORIGIN, ROLE, VAL, VARIES, Var
 from fxhess.errors import Origin
 
 _PREFIX = {"value": "v", "adjoint": "g", "tangent": "J", "curvature": "C", "result": "H"}
@@ -56,7 +56,7 @@ def _meta(node: fx.Node) -> dict[str, Any]:
             file, _, rest = origin.line.partition(":")
             number, _, code = rest.partition(": ")
             meta["stack_trace"] = f'  File "{file}", line {number}, in forward\n    {code}\n'
-    for key in (ROLE, VAL):
+    for key in (ROLE, VAL, VARIES):
         if key in node.meta:
             meta[key] = node.meta[key]
     return meta
