@@ -13,7 +13,6 @@ operation it is never matters.
 
 from __future__ import annotations
 
-import keyword
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -76,7 +75,7 @@ class _Walk:
         nodes = list(self.captured.graph_module.graph.nodes)
         placeholders = [n for n in nodes if n.op == "placeholder"]
         self._enter_x(placeholders[0], x)
-        taken = {"x"}
+        taken: set[str] = set()
         for i, (node, source) in enumerate(
             zip(placeholders[1:], self.captured.sources, strict=True)
         ):
@@ -258,9 +257,8 @@ def _shape(val: torch.Tensor) -> tuple[Any, ...]:
 
 def _identifier(name: str, taken: set[str]) -> str:
     """A name for generated code that says where the tensor is read; added to ``taken``."""
-    clean = "".join(c if c.isascii() and (c.isalnum() or c == "_") else "_" for c in name)
-    if not clean or clean[0].isdigit() or keyword.iskeyword(clean):
-        clean = f"p_{clean}"
+    clean = "p_" + "".join(c if c.isascii() and (c.isalnum() or c == "_") else "_" for c in name)
+    clean = clean.lower()
     while clean in taken:
         clean += "_"
     taken.add(clean)
