@@ -72,10 +72,10 @@ linear(
 
 def _index_select_rewrite(self: torch.Tensor, dim: int, index: torch.Tensor) -> Any:
     """A table read at an index for each sample is an embedding."""
-    if self.ndim == 0 or index.ndim == 0:
-        rank = max(self.ndim, 1)
-        flat = torch.index_select(self.reshape(1) if self.ndim == 0 else self, dim, index.reshape(1))
-        return flat.reshape(()) if rank == 1 and self.ndim == 0 else flat
+    if self.ndim == 0:
+        return torch.index_select(self.reshape(1), 0, index.reshape(1)).reshape(())
+    if index.ndim == 0:
+        return torch.index_select(self, dim, index.reshape(1))
     if not symbolic(index) or symbolic(self):
         return NotImplemented
     table = torch.movedim(self, dim, 0)
@@ -304,7 +304,7 @@ def _batch_home(index: torch.Tensor, n: Any, shape: Sequence[Any]) -> int | None
     return axes[0] + len(shape) - index.ndim
 
 
-@composite(aten.index.Tensor, aten._unsafe_index.Tensor)
+@composite(aten.index.Tensor)
 def index(self: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> torch.Tensor:
     where = address(self, indices)
     entries = where.flatten(self)

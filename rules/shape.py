@@ -15,7 +15,6 @@ from fxhess.kinds import Along, Call, Equation, Linear, Reshape, Trailing
 from fxhess.registry import Rule, aten, composite, linear, multilinear, register_rule
 
 
-
 def event_size(n: Any) -> int:
     """The size of an axis that an operation works along, at capture, where batch axes are
     symbolic."""
@@ -30,7 +29,7 @@ def event_size(n: Any) -> int:
 
 # --- views ----------------------------------------------------------------------------------
 
-for op in (aten.view.default, aten._unsafe_view.default, aten.reshape.default):
+for op in (aten.view.default, aten._unsafe_view.default):
     register_rule(Rule(op, Reshape(), Linear(pull=lambda g, c: g)))
 
 
@@ -97,13 +96,7 @@ def _identity(a: Mapping[str, Any]) -> Equation:
     return Equation((axes,), axes)
 
 
-for op in (
-    aten.clone.default,
-    aten.alias.default,
-    aten.contiguous.default,
-    aten.lift_fresh.default,
-    aten.lift_fresh_copy.default,
-):
+for op in (aten.clone.default, aten.alias.default, aten.lift_fresh_copy.default):
     multilinear(op, _identity)
 
 
@@ -195,7 +188,7 @@ def select(self: torch.Tensor, dim: int, index: int) -> torch.Tensor:
     return torch.squeeze(aten.slice.Tensor(self, dim, start, start + 1), dim)
 
 
-@composite(aten.split_with_sizes.default, aten.unsafe_split_with_sizes.default)
+@composite(aten.split_with_sizes.default)
 def split_with_sizes(
     self: torch.Tensor, split_sizes: Sequence[int], dim: int = 0
 ) -> list[torch.Tensor]:
@@ -206,7 +199,7 @@ def split_with_sizes(
     return parts
 
 
-@composite(aten.split.Tensor, aten.unsafe_split.Tensor)
+@composite(aten.split.Tensor)
 def split(self: torch.Tensor, split_size: int, dim: int = 0) -> list[torch.Tensor]:
     n = event_size(self.shape[dim])
     starts = range(0, max(n, 1), max(split_size, 1))
@@ -329,9 +322,7 @@ def diagonal(self: torch.Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) 
 
 
 @composite(aten.diag_embed.default)
-def diag_embed(
-    self: torch.Tensor, offset: int = 0, dim1: int = -2, dim2: int = -1
-) -> torch.Tensor:
+def diag_embed(self: torch.Tensor, offset: int = 0, dim1: int = -2, dim2: int = -1) -> torch.Tensor:
     m = event_size(self.shape[-1])
     n = m + abs(offset)
     y = torch.flatten(torch.constant_pad_nd(torch.unsqueeze(self, -1), [0, n]), -2, -1)
@@ -345,12 +336,8 @@ def trace(self: torch.Tensor) -> torch.Tensor:
     return torch.sum(torch.diagonal(self))
 
 
-def _diagonal_arg(c: Call) -> int:
-    return int(c.args[1])
-
-
-linear(aten.tril.default, Trailing(2), pull=lambda g, c: torch.tril(g, _diagonal_arg(c)))
-linear(aten.triu.default, Trailing(2), pull=lambda g, c: torch.triu(g, _diagonal_arg(c)))
+linear(aten.tril.default, Trailing(2), pull=lambda g, c: torch.tril(g, c.args[1]))
+linear(aten.triu.default, Trailing(2), pull=lambda g, c: torch.triu(g, c.args[1]))
 
 # --- padding --------------------------------------------------------------------------------
 
@@ -362,9 +349,7 @@ def _pad_rewrite(self: torch.Tensor, pad: Sequence[int], value: float = 0) -> An
         if n < 0:
             dim, rest = -1 - i // 2, [*pad[:i], 0, *pad[i + 1 :]]
             start, end = (0, event_size(self.shape[dim]) + n) if i % 2 else (-n, sys.maxsize)
-            return torch.constant_pad_nd(
-                aten.slice.Tensor(self, dim, start, end), rest, value
-            )
+            return torch.constant_pad_nd(aten.slice.Tensor(self, dim, start, end), rest, value)
     touched = [i for i in range(len(pad) // 2) if any(pad[2 * i : 2 * i + 2])]
     if not touched:
         return aten.alias.default(self)
@@ -410,8 +395,3 @@ def reflection_pad(self: torch.Tensor, padding: Sequence[int]) -> torch.Tensor:
 )
 def replication_pad(self: torch.Tensor, padding: Sequence[int]) -> torch.Tensor:
     return _padded(self, padding, lambda i, n: i.clamp(0, n - 1))
-
-
-@composite(aten._pad_circular.default)
-def circular_pad(self: torch.Tensor, pad: Sequence[int]) -> torch.Tensor:
-    return _padded(self, pad, lambda i, n: i.remainder(n))

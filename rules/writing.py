@@ -146,7 +146,7 @@ def _filled(self: torch.Tensor, hit: torch.Tensor, value: float | torch.Tensor) 
     return torch.where(hit, value.to(self.dtype), self)
 
 
-@composite(aten.index_put.default, aten._unsafe_index_put.default)
+@composite(aten.index_put.default)
 def index_put(
     self: torch.Tensor,
     indices: Sequence[torch.Tensor | None],

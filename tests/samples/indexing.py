@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
@@ -44,9 +46,11 @@ CONSTANT = [
     Sample("index with an ellipsis", lambda x: x[..., INDEX], CUBE),
     Sample("index by int32", lambda x: x[:, INDEX.int()]),
     Sample("upper triangle", lambda x: _upper(x[:, :, None] * x[:, None])),
-    Sample("take_along_dim", lambda x: torch.take_along_dim(x, INDEX[None], 1)),
+    Sample("take_along_dim, constant", lambda x: torch.take_along_dim(x, INDEX[None], 1)),
     Sample("gather", lambda x: x.gather(1, INDEX.expand(x.shape[0], -1))),
-    Sample("gather, short", lambda x: x.gather(2, GRID[:1].expand(x.shape[0], 2, 2)), BOX),
+    Sample(
+        "gather, short and constant", lambda x: x.gather(2, GRID[:1].expand(x.shape[0], 2, 2)), BOX
+    ),
     Sample("repeat_interleave", lambda x: x.repeat_interleave(INDEX + 1, 1, output_size=7), BOX),
 ]
 
@@ -109,4 +113,21 @@ ORDER = [
     Sample("quantile", lambda x: x.quantile(0.3, 1)),
 ]
 
-SAMPLES = [*CONSTANT, *PER_SAMPLE, *ORDER]
+UNBATCHED = [
+    Sample("median of all", torch.median, BOX, batch=None),
+    Sample("nanmedian of all", torch.nanmedian, BOX, batch=None),
+    Sample("take", lambda x: x.take(GRID), BOX, batch=None),
+    Sample("index", lambda x: x[INDEX, x.argmax(1)], BOX, batch=None),
+    Sample("table", lambda x: TABLE[x.argsort(1)][..., 0] * x, BOX, batch=None),
+    Sample("embedding of a value", lambda x: F.embedding(GRID, x), BOX, batch=None),
+    Sample("gather of 0-d", lambda x: x.sum().gather(0, torch.tensor(0)), batch=None),
+    Sample("index_select of 0-d", lambda x: x.sum().index_select(0, torch.tensor([0])), batch=None),
+    Sample("order of 0-d", lambda x: x.sum().max(0)[0] * x.sum().sort()[0], batch=None),
+]
+
+SAMPLES = [
+    *CONSTANT,
+    *PER_SAMPLE,
+    *ORDER,
+    *[replace(s, name=f"{s.name}, unbatched") for s in UNBATCHED],
+]

@@ -14,7 +14,9 @@ SQUARE = (3, 3)
 
 
 def _constant(*shape: int) -> torch.Tensor:
-    return torch.sin(torch.arange(1, 1 + math.prod(shape), dtype=torch.float64) * 1.7).reshape(shape)
+    return torch.sin(torch.arange(1, 1 + math.prod(shape), dtype=torch.float64) * 1.7).reshape(
+        shape
+    )
 
 
 ROW = _constant(4)
@@ -88,13 +90,19 @@ EQUATIONS = [
     Sample("einsum, outer", lambda x: torch.einsum("bi,bj->bij", x, x.sin())),
     Sample("einsum, trace", lambda x: torch.einsum("bii->b", x), SQUARE),
     Sample("einsum, attention", lambda x: torch.einsum("bik,bjk->bij", x, x.cos()), BOX),
-    Sample("einsum, three", lambda x: torch.einsum("bi,bj,ijk->bk", x, x.sin(), _constant(4, 4, 3))),
+    Sample(
+        "einsum, three", lambda x: torch.einsum("bi,bj,ijk->bk", x, x.sin(), _constant(4, 4, 3))
+    ),
     Sample("tensordot", lambda x: torch.tensordot(x, MATRIX, dims=([1], [0]))),
     Sample("tensordot of two axes", lambda x: torch.tensordot(x, _constant(3, 4, 2), dims=2), BOX),
     Sample("inner", lambda x: torch.inner(x, WIDE)),
     Sample("vecdot", lambda x: torch.linalg.vecdot(x, x.sin())),
     Sample("bilinear", lambda x: F.bilinear(x, x.sin(), FORM, ROW_3)),
-    Sample("bilinear with a constant", lambda x: F.bilinear(x, WIDE.expand(x.shape[0], 3, 4), FORM), BOX),
+    Sample(
+        "bilinear with a constant",
+        lambda x: F.bilinear(x, WIDE.expand(x.shape[0], 3, 4), FORM),
+        BOX,
+    ),
     Sample("bilinear of higher rank", lambda x: F.bilinear(x, x.cos(), FORM), BOX),
     Sample("kron", lambda x: torch.kron(x, ROW_3[None])),
     Sample("kron of matrices", lambda x: torch.kron(x, torch.ones(1, 2, 2).double()), SQUARE),
@@ -139,4 +147,21 @@ DISTANCES = [
     Sample("pairwise_distance, p = 3", lambda x: F.pairwise_distance(x, WIDE, p=3), BOX),
 ]
 
-SAMPLES = [*ELEMENTS, *MATRICES, *EQUATIONS, *DISTANCES]
+UNBATCHED = [
+    Sample("dot", lambda x: torch.dot(x, x.sin()), batch=None),
+    Sample("vdot", lambda x: torch.vdot(x, ROW), batch=None),
+    Sample("outer", lambda x: torch.outer(x, x.exp()), batch=None),
+    Sample("ger", lambda x: torch.ger(x, ROW_3), batch=None),
+    Sample("mv of one", lambda x: torch.mv(x, x[0].sin()), BOX, batch=None),
+    Sample("addr of one", lambda x: torch.addr(x, x[:, 0].sin(), x[0], alpha=0.5), BOX, batch=None),
+    Sample("kron of vectors", lambda x: torch.kron(x, x.cos()), batch=None),
+    Sample(
+        "pdist",
+        F.pdist,
+        BOX,
+        batch=None,
+        reference=lambda x: _safe_distances(x)[torch.triu(torch.ones(3, 3), 1).bool()],
+    ),
+]
+
+SAMPLES = [*UNBATCHED, *ELEMENTS, *MATRICES, *EQUATIONS, *DISTANCES]

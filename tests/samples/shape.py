@@ -194,4 +194,18 @@ PADDING = [
     Sample("reflect pad, wide", lambda x: F.pad(x, (3, 3), mode="reflect"), BOX),
 ]
 
-SAMPLES = [*VIEWS, *PARTS, *JOINING, *TURNING, *DIAGONALS, *PADDING]
+UNBATCHED = [
+    Sample("squeeze", lambda x: x.squeeze(), (1, 4, 1), batch=None),
+    Sample("trace", torch.trace, SQUARE, batch=None),
+    Sample("trace, wide", torch.trace, BOX, batch=None),
+    Sample("diag", lambda x: torch.diag(x.sin(), 1), batch=None),
+    Sample("block_diag", lambda x: torch.block_diag(x, x[:1].sin(), x[0]), BOX, batch=None),
+    Sample("roll of everything", lambda x: x.roll(2), BOX, batch=None),
+    Sample("flip of everything", lambda x: x.flip((0, 1)), BOX, batch=None),
+    Sample("0-d", lambda x: x.reshape(()).unsqueeze(0).squeeze(), (1,), batch=None),
+    Sample("0-d unfold", lambda x: x.sum().unfold(0, 1, 1), batch=None),
+    Sample("0-d transpose", lambda x: x.sum().t() * x, batch=None),
+    Sample("as_strided", lambda x: x.as_strided((2, 6), (6, 1)), BOX, batch=None),
+]
+
+SAMPLES = [*UNBATCHED, *VIEWS, *PARTS, *JOINING, *TURNING, *DIAGONALS, *PADDING]

@@ -128,7 +128,8 @@ CONSTANT = [
     Sample("mask of x", _onto(_set_where(lambda x: x < 0, lambda x: 0.5))),
     Sample("mask of x, rows", _onto(_set_where(lambda x: x[:, :, 0] < 0, lambda x: 0.0)), BOX),
     Sample(
-        "constant mask", _onto(_set(ALL, torch.tensor([True, False, True, False]), value=lambda x: 2.0))
+        "constant mask",
+        _onto(_set(ALL, torch.tensor([True, False, True, False]), value=lambda x: 2.0)),
     ),
 ]
 
@@ -167,6 +168,11 @@ PER_SAMPLE = [
         BOX,
         reference=lambda x: x.scatter_add(1, x.argsort(1)[:, :1, 1:], x[:, :1, :3] ** 2),
     ),
+    Sample(
+        "scatter, multiply by a number",
+        lambda x: x.scatter(1, x.argsort(1)[:, :2], 3.0, reduce="multiply"),
+        reference=lambda x: x * (1 + 2 * torch.zeros_like(x).scatter(1, x.argsort(1)[:, :2], 1.0)),
+    ),
     *[
         Sample(
             f"scatter_reduce, {reduce}, {own}",
@@ -177,7 +183,9 @@ PER_SAMPLE = [
         for reduce in ("sum", "mean", "amax", "amin")
         for own in (True, False)
     ],
-    Sample("put at argmax", _onto(_set_where(lambda x: (_rows(x), x.argmax(1)), lambda x: x[:, 0]))),
+    Sample(
+        "put at argmax", _onto(_set_where(lambda x: (_rows(x), x.argmax(1)), lambda x: x[:, 0]))
+    ),
     Sample(
         "put at argmax, rows",
         _onto(_set_where(lambda x: (_rows(x), x[:, :, 0].argmax(1)), lambda x: x[:, 0] ** 2)),
@@ -189,4 +197,19 @@ PER_SAMPLE = [
     ),
 ]
 
-SAMPLES = [*SLICES, *CONSTANT, *PER_SAMPLE]
+UNBATCHED = [
+    Sample("scatter of 0-d", lambda x: x.sum().scatter(0, torch.tensor(0), x[0].exp()), batch=None),
+    Sample(
+        "index_add of 0-d",
+        lambda x: x.sum().index_add(0, torch.tensor(0), x[0].exp()),
+        batch=None,
+    ),
+    Sample(
+        "index_copy of 0-d",
+        lambda x: x.sum().index_copy(0, torch.tensor(0), x[0].exp()),
+        batch=None,
+    ),
+    Sample("index_add of one", lambda x: x.index_add(0, torch.tensor(1), x[:1].exp()), batch=None),
+]
+
+SAMPLES = [*UNBATCHED, *SLICES, *CONSTANT, *PER_SAMPLE]
