@@ -29,6 +29,16 @@ ROLE = "role"  # node.meta[ROLE]: 'value', 'adjoint', 'tangent', 'curvature' or 
 _Base: Any = fx.Proxy
 
 
+# Stand-ins have these batch sizes, whatever the first call's: one plan serves every batch.  Primes,
+# so that a size that is one of them is a batch size.
+_NOMINAL = {1: (509,), 2: (61, 59), 3: (17, 19, 23)}
+
+
+def nominal_batch(batch_ndim: int) -> tuple[int, ...]:
+    """The batch sizes of stand-ins."""
+    return _NOMINAL.get(batch_ndim, (11,) * batch_ndim)
+
+
 class Var(_Base):
     """A value in a graph under construction; every operator on it appends a node.
 

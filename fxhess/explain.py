@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import fx
 
 from fxhess import cost
-from fxhess.emit import ROLE, VAL
+from fxhess.emit import ORIGIN, ROLE, VAL, Emitter, Var
 
 if TYPE_CHECKING:
     from fxhess.pipeline import Options, Program
@@ -59,7 +60,7 @@ class Explanation:
             )
             for origin, kind, base, structure in program.terms
         )
-        nodes = [n for n in program.graph_module.graph.nodes if n.op.startswith("call")]
+        nodes = [n for n in _at(program.graph_module.graph, x).nodes if n.op.startswith("call")]
         notes = list(program.notes)
         if "hessian" in options.outputs and not rows:
             notes.append(
@@ -102,7 +103,7 @@ class Explanation:
                 [(r.op, r.module, r.ending, r.base, r.structure, r.line) for r in self.rows],
             )
         if self.contractions:
-            lines += ["", "matrix products, in order (sizes at the traced batch size):"]
+            lines += ["", "matrix products, in order:"]
             lines += _table(
                 ("name", "for", "shapes", "FLOP"),
                 [(n, role, shapes, _si(f)) for n, role, shapes, f in self.contractions],
@@ -111,6 +112,23 @@ class Explanation:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+def _at(graph: fx.Graph, x: torch.Tensor) -> fx.Graph:
+    """The program with stand-ins of x's own batch size."""
+    emitter = Emitter()
+    values: dict[fx.Node, Var] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            val = node.meta[VAL] if values else x.detach().to("meta")
+            values[node] = emitter.placeholder(node.name if values else "x", val)
+        elif node.op != "output":
+            args = fx.node.map_arg(node.args, values.__getitem__)
+            kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
+            with emitter.at(node.meta.get(ORIGIN), node.meta.get(ROLE, "value")):
+                values[node] = emitter.create_proxy(node.op, node.target, args, kwargs)  # type: ignore[arg-type]
+            values[node].node.name = node.name
+    return emitter.graph
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -22,7 +22,7 @@ from torch import fx
 
 from fxhess import _torch, kinds
 from fxhess.capture import Captured
-from fxhess.emit import ORIGIN, VAL, Emitter, Var
+from fxhess.emit import ORIGIN, VAL, Emitter, Var, nominal_batch
 from fxhess.errors import CaptureError, FxhessError, UnsupportedOpError
 from fxhess.facts import FACT, Canonical, Fact
 from fxhess.functions import called
@@ -46,7 +46,7 @@ HANDLERS = {
 def canonicalize(captured: Captured, x: torch.Tensor, fallback: str = "allow") -> Canonical:
     """Rewrite to canonical form; see the module's docstring.
 
-    ``x`` gives the nominal batch sizes (its sizes, at least 2), dtype and event shape.
+    ``x`` gives dtype, device and event shape.
 
     Raises:
         SampleMixingError: an operation lets samples see each other.
@@ -96,7 +96,7 @@ class _Walk:
 
     def _enter_x(self, node: fx.Node, x: torch.Tensor) -> None:
         nb = self.captured.batch_ndim
-        sizes = [max(2, s) if i < nb else s for i, s in enumerate(x.shape)]
+        sizes = [*nominal_batch(nb), *x.shape[nb:]]
         var = self.emitter.placeholder("x", torch.empty(sizes, dtype=x.dtype, device="meta"))
         self.layouts.x = var
         event = [Atom(int(s)) for s in x.shape[nb:]]
