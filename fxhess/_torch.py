@@ -52,8 +52,11 @@ class Traced:
 
 
 def conditions_hold(symbols: Sequence[Any], guards: Sequence[Any], shape: Sequence[int]) -> bool:
-    """Whether conditions on batch symbols hold for the leading sizes of ``shape``."""
-    sizes = dict(zip(symbols, shape, strict=False))
+    """Whether conditions on batch symbols hold for the leading sizes of ``shape``.
+
+    A batch of one sample, or none, is a batch like any other: PyTorch itself takes shortcuts for
+    size 1 (``einsum``, ``expand``), so conditions are held against at least 2."""
+    sizes = {s: max(2, n) for s, n in zip(symbols, shape, strict=False)}
     return all(bool(guard.subs(sizes)) for guard in guards)
 
 
@@ -65,9 +68,15 @@ def trace(
     decompositions: Mapping[Any, Callable[..., Any]],
 ) -> Traced:
     """Trace ``function(x, *tensors)``; see the module's docstring."""
-    if HAVE_FAKE_TENSORS:
+    if not HAVE_FAKE_TENSORS:
+        return trace_by_export(function, x, batch_ndim, tensors, decompositions)
+    try:
         return _trace_fake(function, x, batch_ndim, tensors, decompositions)
-    return trace_by_export(function, x, batch_ndim, tensors, decompositions)
+    except RuntimeError:
+        # Some shape functions written in C++ miss symbolic sizes.  Those written in Python come
+        # second, since PyTorch's own decompositions come with them, before the rules' rewrites.
+        with enable_python_dispatcher():
+            return _trace_fake(function, x, batch_ndim, tensors, decompositions)
 
 
 def _trace_fake(
@@ -90,8 +99,7 @@ def _trace_fake(
             if id(t) not in fakes:
                 fakes[id(t)] = mode.from_tensor(t, static_shapes=True).detach()
     # Leave fake tensors of tied weights distinct inputs: the caller passes distinct names.
-    # Without the Python dispatcher, shape functions written in Python miss symbolic sizes.
-    with mode, enable_python_dispatcher():
+    with mode:
         graph_module = make_fx(
             torch.func.functionalize(function),
             decomposition_table=dict(decompositions),
@@ -149,13 +157,21 @@ def functional(
 
     inputs = [n.meta["val"] for n in graph_module.graph.nodes if n.op == "placeholder"]
     mode = next(v.fake_mode for v in inputs if hasattr(v, "fake_mode"))
-    with mode, enable_python_dispatcher():
-        return make_fx(
-            torch.func.functionalize(Recorder(graph_module).run),
-            decomposition_table=dict(decompositions),
-            tracing_mode="real",
-            _allow_non_fake_inputs=True,
-        )(*inputs)
+
+    def retrace() -> fx.GraphModule:
+        with mode:
+            return make_fx(
+                torch.func.functionalize(Recorder(graph_module).run),
+                decomposition_table=dict(decompositions),
+                tracing_mode="real",
+                _allow_non_fake_inputs=True,
+            )(*inputs)
+
+    try:
+        return retrace()
+    except RuntimeError:  # as in `trace`
+        with enable_python_dispatcher():
+            return retrace()
 
 
 def trace_by_export(

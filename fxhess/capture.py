@@ -29,9 +29,23 @@ from fxhess.emit import ORIGIN
 from fxhess.errors import CaptureError, FxhessError, Origin
 from fxhess.functions import whole_functions
 
-_TORCH = os.path.dirname(torch.__file__)
-_OWN = os.path.dirname(__file__)
-_LINE, _PATH = "line", "module path"  # notes on traced nodes, from which Origin is made
+_HERE = os.path.dirname(__file__)
+_ROOT = os.path.dirname(_HERE)  # in a checkout, rules and passes stand beside this package
+# Code that no message points at: PyTorch's and our own.
+_INTERNAL = (
+    *(
+        os.path.join(folder, "")
+        for folder in (
+            os.path.dirname(torch.__file__),
+            _HERE,
+            os.path.join(_ROOT, "rules"),
+            os.path.join(_ROOT, "passes"),
+        )
+    ),
+    "<string>",
+)
+# Notes on traced nodes, from which Origin is made.
+_OP, _LINE, _PATH = "operator", "line", "module path"
 _capturing = threading.RLock()  # tracing switches process-wide settings of PyTorch
 
 
@@ -159,7 +173,7 @@ def _calling_line() -> str:
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not capture.__code__:
         name, number = frame.f_code.co_filename, frame.f_lineno
-        if not name.startswith((_TORCH, _OWN, "<string>")):
+        if not name.startswith(_INTERNAL):
             return f"{name}:{number}: {linecache.getline(name, number).strip()}"
         frame = frame.f_back
     return ""
@@ -176,8 +190,10 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int) -> Captured:
     named.update(model.named_buffers(remove_duplicate=False))
     names = list(named)
 
+    open_modules: list[tuple[str, fx.Node | None]] = []
+
     def function(x: torch.Tensor, *tensors: torch.Tensor) -> Any:
-        with _Watch(), _marked_modules(model):
+        with _Watch(), _marked_modules(model, open_modules):
             if not names:
                 return model(x)
             return torch.func.functional_call(
@@ -185,7 +201,9 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int) -> Captured:
             )
 
     tensors = [t.detach() for t in named.values()]
-    rewrites = registry.decompositions()
+    rewrites = {
+        op: _located(op, rewrite, open_modules) for op, rewrite in registry.decompositions().items()
+    }
     with _capturing, _torch.plain_attention(), torch.enable_grad(), whole_functions():
         traced, failure = None, None
         for example in _examples(x, batch_ndim):
@@ -231,20 +249,24 @@ def _examples(x: torch.Tensor, batch_ndim: int) -> Iterator[torch.Tensor]:
 
 
 @contextmanager
-def _marked_modules(model: nn.Module) -> Iterator[None]:
-    """Mark every node with the path of the innermost submodule that wrote it."""
-    open_calls: list[fx.Node | None] = []
+def _marked_modules(
+    model: nn.Module, open_modules: list[tuple[str, fx.Node | None]]
+) -> Iterator[None]:
+    """Mark every node with the path of the innermost submodule that wrote it; ``open_modules``
+    holds the paths of those that run now."""
+    open_modules.clear()
     handles = []
     for path, module in model.named_modules():
         if not path or isinstance(module, (torch.jit.ScriptModule, nn.Identity)):
             continue
 
-        def enter(*_: Any) -> None:
-            open_calls.append(_torch.newest_node())
+        def enter(*_: Any, path: str = path) -> None:
+            open_modules.append((path, _torch.newest_node()))
 
-        def leave(*_: Any, path: str = path) -> None:
-            if open_calls:
-                _mark(open_calls.pop(), _PATH, path)
+        def leave(*_: Any) -> None:
+            if open_modules:
+                path, before = open_modules.pop()
+                _mark(before, _PATH, path)
 
         handles += [
             module.register_forward_pre_hook(enter),
@@ -257,10 +279,35 @@ def _marked_modules(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
+def _located(
+    op: Any, rewrite: Callable[..., Any], open_modules: list[tuple[str, fx.Node | None]]
+) -> Callable[..., Any]:
+    """The rewrite; its nodes go by the name of the (outermost) operator that was rewritten, and a
+    refusal says where."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        before = _torch.newest_node()
+        try:
+            result = rewrite(*args, **kwargs)
+        except FxhessError as error:
+            if error.where is not None:
+                raise
+            path = open_modules[-1][0] if open_modules else ""
+            where = Origin(str(op), path, _calling_line())
+            raise type(error)(error.what, where=where, hint=error.hint) from error
+        if result is not NotImplemented:
+            for node in _torch.nodes_since(before):
+                node.meta[_OP] = str(op)
+        return result
+
+    return run
+
+
 def _record_origins(graph: fx.Graph) -> None:
     for node in graph.nodes:
         line = node.meta.get(_LINE) or _user_line(node.meta.get("stack_trace") or "")
-        node.meta[ORIGIN] = Origin(str(node.target), node.meta.get(_PATH, ""), line)
+        name = node.meta.get(_OP, str(node.target))
+        node.meta[ORIGIN] = Origin(name, node.meta.get(_PATH, ""), line)
 
 
 def _user_line(stack: str) -> str:
@@ -271,7 +318,7 @@ def _user_line(stack: str) -> str:
         text = text.strip()
         if text.startswith('File "'):
             name, _, rest = text[6:].partition('", line ')
-            if not name.startswith((_TORCH, _OWN)):
+            if not name.startswith(_INTERNAL):
                 code = lines[i + 1].strip() if i + 1 < len(lines) else ""
                 best = f"{name}:{rest.split(',')[0]}: {code}"
     return best
@@ -329,7 +376,7 @@ def _capture_error(error: Exception | None, x: torch.Tensor) -> CaptureError:
             hint="call with at least two samples",
         )
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if not f.filename.startswith((_TORCH, _OWN, "<string>"))]
+    own = [f for f in frames if not f.filename.startswith(_INTERNAL)]
     where = f"{own[-1].filename}:{own[-1].lineno}: {own[-1].line}" if own else ""
     name = type(error).__name__
     if "DataDependent" in name or "data-dependent" in str(error).lower():
