@@ -55,9 +55,13 @@ def conditions_hold(symbols: Sequence[Any], guards: Sequence[Any], shape: Sequen
     """Whether conditions on batch symbols hold for the leading sizes of ``shape``.
 
     A batch of one sample, or none, is a batch like any other: PyTorch itself takes shortcuts for
-    size 1 (``einsum``, ``expand``), so conditions are held against at least 2."""
-    sizes = {s: max(2, n) for s, n in zip(symbols, shape, strict=False)}
-    return all(bool(guard.subs(sizes)) for guard in guards)
+    size 1 (``einsum``, ``expand``), so conditions are held against at least 2.  Not so the
+    equations that say which number was written into the graph."""
+    exact = dict(zip(symbols, shape, strict=False))
+    usual = {symbol: max(2, n) for symbol, n in exact.items()}
+    return all(
+        bool(guard.subs(exact if isinstance(guard, sympy.Eq) else usual)) for guard in guards
+    )
 
 
 def trace(

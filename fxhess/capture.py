@@ -373,7 +373,8 @@ def _capture_error(error: Exception | None, x: torch.Tensor) -> CaptureError:
         return CaptureError(
             f"the model behaves differently for a batch like that of x, {list(x.shape)}, than for"
             " every larger one, so it cannot be traced for it",
-            hint="call with at least two samples",
+            hint="read the batch size as x.shape[0], not len(x) or int(..), or call with two samples"
+            " or more",
         )
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if not f.filename.startswith(_INTERNAL)]

@@ -96,7 +96,11 @@ class _Walk:
 
     def _enter_x(self, node: fx.Node, x: torch.Tensor) -> None:
         nb = self.captured.batch_ndim
-        sizes = [*nominal_batch(nb), *x.shape[nb:]]
+        batch_sizes = [
+            int(known) if known.is_number else nominal  # a number that the model was traced for
+            for known, nominal in zip(self.captured.sizes, nominal_batch(nb), strict=True)
+        ]
+        sizes = [*batch_sizes, *x.shape[nb:]]
         var = self.emitter.placeholder("x", torch.empty(sizes, dtype=x.dtype, device="meta"))
         self.layouts.x = var
         event = [Atom(int(s)) for s in x.shape[nb:]]
@@ -125,7 +129,7 @@ class _Walk:
         PyTorch's own derivatives of it."""
         rule = find(node.target)
         failure: Exception | None = None
-        if rule is not None:
+        if rule is not None and not isinstance(rule.kind, kinds.Composite):
             bound = Bound(rule, _arguments(rule, args, kwargs), node.meta["val"], self.layouts)
             try:
                 return HANDLERS[type(rule.axes)](bound)
