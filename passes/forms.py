@@ -68,9 +68,16 @@ class Forms:
             )
             if callable(rule):
                 call = self.call(node)
-                rule = rule(call.y, *call.args, **call.kwargs)
+                rule = rule(call.y, *map(self._tensor, call.args), **call.kwargs)
             self._partials[key] = rule
         return self._partials[key]
+
+    def _tensor(self, value: Any) -> Any:
+        """A number that depends on the batch size as a tensor: dividing by 0 is no error then."""
+        if isinstance(value, Var) and not isinstance(value.val, torch.Tensor):
+            like = self.algebra.like
+            return self.algebra.emitter.call(torch.Tensor.new_full, like, (), value)
+        return value
 
     # --- labelled operations ------------------------------------------------------------------
 

@@ -101,6 +101,12 @@ class Layouts:
                 total = size if isinstance(total, int) and total == 1 else size * total
         return total
 
+    def number(self, size: Any) -> Any:
+        """A size that depends on the batch as a tensor like any other factor: 1 / 0 is no error."""
+        if not isinstance(size, Var):
+            return size
+        return self.emitter.call(torch.Tensor.new_full, self.x, (), size)
+
     # --- nodes ------------------------------------------------------------------------------
 
     def annotate(
@@ -142,8 +148,7 @@ class Layouts:
     ) -> Var:
         """A multilinear node over labelled canonical axes."""
         if isinstance(scale, Var) and not isinstance(scale.val, torch.Tensor):
-            # A number that depends on the batch size, as a tensor like any other factor.
-            scale = self.emitter.call(torch.Tensor.new_full, self.x, (), scale)
+            scale = self.number(scale)
         kind = Multilinear(tuple(map(tuple, inputs)), tuple(output), scale, dict(sizes or {}))
         var = self.emitter.call(
             contraction.evaluate, kind.inputs, kind.output, kind.sizes, scale, *operands

@@ -147,7 +147,7 @@ def einsum(bound: Bound) -> Any:
     if equation.mean:
         inputs_labels = {a for labels in equation.inputs for a in labels if a is not None}
         terms = [unifier.groups[a] for a in inputs_labels if a not in equation.output]
-        scale = scale / layouts.size_of(tuple(a for group in terms for a in group))
+        scale = scale / layouts.number(layouts.size_of(tuple(a for group in terms for a in group)))
     groups = tuple(output_groups)
     if len(vars_) == 1 and inputs[0] == output and isinstance(scale, (int, float)) and scale == 1:
         return Laid(vars_[0], groups, laid[0].summed)
