@@ -67,7 +67,7 @@ def convolution_overrideable(*args: Any) -> torch.Tensor:
     return torch.convolution(*args)
 
 
-@composite(aten._convolution.default, aten._convolution.deprecated)
+@composite(aten._convolution.default)
 def convolution_with_flags(*args: Any) -> torch.Tensor:
     return torch.convolution(*args[:9])
 

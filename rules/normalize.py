@@ -147,7 +147,7 @@ def native_batch_norm_functional(
     return *results, running_mean, running_var
 
 
-@composite(aten._batch_norm_with_update.default)
+@composite(aten._batch_norm_with_update_functional.default)
 def batch_norm_with_update(
     input: torch.Tensor,
     weight: Maybe,
@@ -158,7 +158,7 @@ def batch_norm_with_update(
     eps: float,
 ) -> tuple[torch.Tensor, ...]:
     results = _batch_norm(input, weight, bias, running_mean, running_var, True, eps)
-    return *results, _no_reserve(input)
+    return *results, _no_reserve(input), running_mean, running_var
 
 
 @composite(aten._batch_norm_no_update.default)

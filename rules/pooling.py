@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -46,26 +46,6 @@ _averaging(aten.avg_pool2d.default, aten.avg_pool2d_backward.default, 2)
 _averaging(aten.avg_pool3d.default, aten.avg_pool3d_backward.default, 3)
 _adaptive(aten._adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d_backward.default, 2)
 _adaptive(aten._adaptive_avg_pool3d.default, aten._adaptive_avg_pool3d_backward.default, 3)
-
-
-@composite(aten.avg_pool1d.default)
-def avg_pool1d(
-    self: torch.Tensor,
-    kernel_size: Ints,
-    stride: Ints = (),
-    padding: Ints = (0,),
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-) -> torch.Tensor:
-    flat = aten.avg_pool2d.default(
-        self.unsqueeze(-2),
-        [1, *kernel_size],
-        [1, *stride] if stride else [],
-        [0, *padding],
-        ceil_mode,
-        count_include_pad,
-    )
-    return flat.squeeze(-2)
 
 
 # --- maxima ---------------------------------------------------------------------------------------
@@ -138,6 +118,3 @@ def max_unpool3d(
     self: torch.Tensor, indices: torch.Tensor, output_size: Ints, stride: Ints, padding: Ints
 ) -> torch.Tensor:
     return _unpooled(self, indices, output_size)
-
-
-Finder = Callable[..., Any]

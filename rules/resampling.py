@@ -143,21 +143,14 @@ def _resize(
 
 
 def _register(name: str, rank: int, resize: Resize, aligned: bool) -> None:
-    """Both forms of an operator: sizes given (with scales as a hint), or sizes or scales."""
-    op = getattr(aten, name)
+    """Sizes are given, and for each axis a scale or None."""
 
-    def sized(self: torch.Tensor, output_size: Ints, *rest: Any, **named: Any) -> torch.Tensor:
+    def rewrite(self: torch.Tensor, output_size: Ints, *rest: Any, **named: Any) -> torch.Tensor:
         given = [*rest, *named.values()]
         align = bool(given.pop(0)) if aligned else False
         return _resize(self, resize, output_size, align, [*given, *[None] * (rank - len(given))])
 
-    def listed(self: torch.Tensor, output_size: Ints | None, *rest: Any) -> torch.Tensor:
-        align, scales = (bool(rest[0]), rest[1]) if aligned else (False, rest[0])
-        sizes = output_size or [int(n * s) for n, s in zip(self.shape[-rank:], scales, strict=True)]
-        return _resize(self, resize, sizes, align, scales or [None] * rank)
-
-    composite(op.default)(sized)
-    composite(op.vec)(listed)
+    composite(getattr(aten, name).default)(rewrite)
 
 
 for rank in (1, 2, 3):
@@ -195,7 +188,7 @@ def pixel_unshuffle(self: torch.Tensor, downscale_factor: int) -> torch.Tensor:
     return torch.flatten(x, -5, -3)
 
 
-@composite(aten.channel_shuffle.default, aten.native_channel_shuffle.default)
+@composite(aten.channel_shuffle.default)
 def channel_shuffle(self: torch.Tensor, groups: int) -> torch.Tensor:
     return torch.flatten(torch.unflatten(self, 1, (groups, -1)).transpose(1, 2), 1, 2)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -9,6 +12,8 @@ from torch.nn import functional as F
 from fxhess.testing import Sample
 
 IMAGE = (4, 3, 2)
+Function = Callable[[torch.Tensor], Any]
+aten = torch.ops.aten
 
 
 def _module(make: type[nn.Module], *args: object, **options: object) -> nn.Module:
@@ -20,6 +25,52 @@ def _module(make: type[nn.Module], *args: object, **options: object) -> nn.Modul
             t.data = 0.5 + torch.rand(t.shape, generator=generator, dtype=torch.float64)
     return module
 
+
+def _normalized(x: torch.Tensor) -> torch.Tensor:
+    return F.batch_norm(x, None, None, training=True)
+
+
+def _evaluated(x: torch.Tensor) -> torch.Tensor:
+    return F.batch_norm(x, *_statistics(x))
+
+
+def _statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_full((2,), 0.5), x.new_full((2,), 2.0)
+
+
+# One sample may have an axis that the model takes for a batch.
+KERNELS: dict[str, tuple[Function, Function]] = {
+    "legit": (
+        lambda x: aten._native_batch_norm_legit(x, None, None, *_statistics(x), True, 0.1, 1e-5),
+        _normalized,
+    ),
+    "legit without statistics": (
+        lambda x: aten._native_batch_norm_legit.no_stats(x, None, None, True, 0.1, 1e-5),
+        _normalized,
+    ),
+    "legit functional": (
+        lambda x: aten._native_batch_norm_legit_functional(
+            x, None, None, *_statistics(x), True, 0.1, 1e-5
+        ),
+        _normalized,
+    ),
+    "with update": (
+        lambda x: aten._batch_norm_with_update(
+            x, x.new_ones(2), x.new_zeros(2), *_statistics(x), 0.1, 1e-5
+        ),
+        _normalized,
+    ),
+    "without update": (
+        lambda x: aten._batch_norm_no_update(x, None, None, *_statistics(x), 0.1, 1e-5),
+        _evaluated,
+    ),
+    "no training": (
+        lambda x: aten._native_batch_norm_legit_no_training(
+            x, None, None, *_statistics(x), 0.1, 1e-5
+        ),
+        _evaluated,
+    ),
+}
 
 SAMPLES = [
     Sample("layer_norm", lambda x: F.layer_norm(x, (5,)), (5,)),
@@ -60,4 +111,8 @@ SAMPLES = [
         nn.utils.parametrizations.weight_norm(nn.Linear(4, 3, dtype=torch.float64)),
     ),
     Sample("cosine_similarity", lambda x: F.cosine_similarity(x[:, 0], x[:, 1]), (2, 4)),
+    *(
+        Sample(f"batch_norm {name}", lambda x, f=f: f(x)[0], (4, 2), batch=None, reference=g)
+        for name, (f, g) in KERNELS.items()
+    ),
 ]

@@ -47,5 +47,12 @@ SAMPLES = [
     _pool("adaptive_avg", 2, " by axis", (3, None)),
     *(_pool("lp", rank, "", 2, 2) for rank in (1, 2, 3)),
     Sample("max_unpool2d", _there_and_back, IMAGE[2]),
+    Sample(
+        "max_unpool3d",
+        lambda x: F.max_unpool3d(
+            *F.max_pool3d(x, 2, return_indices=True), 2, output_size=[3, 3, 4]
+        ),
+        IMAGE[3],
+    ),
     Sample("max_unpool1d", _there_and_back_1d, (2, 6)),
 ]

@@ -9,6 +9,8 @@ import torch
 from fxhess.testing import Sample, uniform
 
 BOX = (3, 4)
+D = torch.float64
+aten = torch.ops.aten
 
 
 def _ties(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -26,6 +28,17 @@ def _with_nan(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tenso
     x[..., 0] = math.nan
     return x
 
+
+WHOLE = {
+    "sum": lambda x: x.sin().sum(),
+    "mean": lambda x: x.sin().mean(),
+    "norm": lambda x: aten.norm.Scalar(x, 3),
+    "dist": lambda x: torch.dist(x[0], x[1] * 2, 3),
+    "max": lambda x: x.sin().max(),
+    "min": lambda x: x.sin().min(),
+    "prod": torch.prod,
+    "any, all": lambda x: torch.where((x > 0).any(), x.sin(), x.cos()) * (x > -9).all(),
+}
 
 SAMPLES = [
     Sample("sum", lambda x: torch.sum(x.sin(), 1)),
@@ -97,7 +110,27 @@ SAMPLES = [
         ),
         BOX,
     ),
+    Sample(
+        "any, all of axes",
+        lambda x: (
+            torch.where((x > 0).any((1, 2), True), x.sin(), x)
+            * torch.where((x > -1).all((-1, -2), True), x.cos(), x)
+        ),
+        BOX,
+    ),
+    Sample("argmin", lambda x: torch.argmin(x, -1, keepdim=True) * x.sin(), BOX),
     Sample("argmax", lambda x: torch.argmax(x, 1, keepdim=True) * x.sin()),
+    *(
+        Sample(f"{name} of a whole sample", function, (2, 3), batch=None)
+        for name, function in WHOLE.items()
+    ),
+    Sample("norm by dtype", lambda x: aten.norm.ScalarOpt_dtype(x, 3, dtype=D), batch=None),
+    Sample(
+        "norm by axis and dtype",
+        lambda x: aten.norm.ScalarOpt_dim_dtype(x, 3, [1], True, dtype=D),
+        BOX,
+        reference=lambda x: torch.linalg.vector_norm(x, 3, 1, True),
+    ),
     Sample(
         "sqrt of a sum", lambda x: torch.sqrt(torch.sum(x, -1)), make=uniform(0.5, 2), twice=False
     ),

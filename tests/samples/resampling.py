@@ -25,24 +25,29 @@ def _resized(mode: str, name: str, event: tuple[int, ...] = (), **options: Any) 
 torch.manual_seed(0)
 POINTS = 1.6 * torch.rand(3, 2, 2, dtype=D) - 0.8
 SAMPLING = [
-    (mode, padding, align)
-    for mode in ("bilinear", "nearest", "bicubic")
-    for padding in ("zeros", "border", "reflection")
-    for align in (False, True)
+    *(
+        ("bilinear", padding, align)
+        for padding in ("zeros", "border", "reflection")
+        for align in (False, True)
+    ),
+    ("nearest", "zeros", False),
+    ("nearest", "reflection", True),
+    ("bicubic", "zeros", False),
+    ("bicubic", "reflection", True),
 ]
 
 
 def _sampled(mode: str, padding: str, align: bool) -> Sample:
-    """An image at points, both made of x: the first 9 entries, and the other 4."""
+    """An image at points, both made of x: the first 6 entries, and the other 4."""
 
     def function(x: torch.Tensor) -> torch.Tensor:
-        image = x[:, :9].unflatten(1, (1, 3, 3))
-        points = 1.4 * torch.sin(x[:, 9:]).unflatten(1, (1, 2, 2))
+        image = x[:, :6].unflatten(1, (1, 2, 3))
+        points = 1.4 * torch.sin(x[:, 6:]).unflatten(1, (1, 2, 2))
         return F.grid_sample(
             image, points, mode=mode, padding_mode=padding, align_corners=align
         ).flatten(1)
 
-    return Sample(f"grid_sample {mode} {padding} {align}", function, (13,), twice=False)
+    return Sample(f"grid_sample {mode} {padding} {align}", function, (10,), twice=False)
 
 
 SAMPLES = [
@@ -52,6 +57,7 @@ SAMPLES = [
     _resized("nearest", " 3d", (1, 2, 2, 3), size=(3, 1, 4)),
     _resized("nearest-exact", " 1d", (1, 5), size=3),
     _resized("nearest-exact", " 2d", scale_factor=1.5),
+    _resized("nearest-exact", " 3d", (1, 2, 3, 2), size=2),
     *(
         _resized(mode, f" {align} {name}", align_corners=align, **size)
         for mode in ("linear", "bilinear", "bicubic", "trilinear")
