@@ -30,10 +30,11 @@ class Rates:
 
 
 RATES = {
-    "cpu": Rates(flat=3.2e11, batched=1.1e11, bandwidth=8e9, launch=6e-6),
+    "cpu": Rates(flat=3.5e11, batched=1.2e11, bandwidth=2e10, launch=6e-6),
     "cuda": Rates(flat=4e13, batched=2e13, bandwidth=3e12, launch=6e-6),
 }
 
+_SCATTERED = 3.0  # reading in another order than that of memory, against reading in order
 _KEPT = 0.1  # the share of calls that find hoisted work outdated
 
 # Operations that only describe memory differently.
@@ -74,12 +75,10 @@ def seconds(node: fx.Node, rates: Rates) -> float:
     if name in _VIEWS:
         return rates.launch / 3
     size = value.element_size()
-    moved = sum(
-        v.numel() * v.element_size()
-        for n in node.all_input_nodes
-        if isinstance(v := n.meta.get(VAL), torch.Tensor)
-    )
-    moved += value.numel() * size
+    operands = [
+        v for n in node.all_input_nodes if isinstance(v := n.meta.get(VAL), torch.Tensor)
+    ]
+    moved = value.numel() * size + sum(v.numel() * v.element_size() * _stride(v) for v in operands)
     if name in ("matmul", "mm", "bmm", "linear", "convolution"):
         shapes = [n.meta[VAL].ndim for n in node.all_input_nodes[:2]]
         rate = rates.batched if min(shapes) > 2 else rates.flat
@@ -89,6 +88,11 @@ def seconds(node: fx.Node, rates: Rates) -> float:
             + (moved / rates.bandwidth / 4)
         )
     return rates.launch + moved / rates.bandwidth
+
+
+def _stride(value: torch.Tensor) -> float:
+    """How much longer reading a value takes for lying in memory in another order."""
+    return 1.0 if value.is_contiguous() else _SCATTERED
 
 
 def total(nodes: Iterable[fx.Node], rates: Rates) -> float:

@@ -17,7 +17,7 @@ from fxhess.passes.hoist import hoist
 from fxhess.passes.simplify import is_repeatable
 
 # Working memory of a tile: about what stays in the outer caches of two cores.
-TILE_BYTES = {"cpu": 24 << 20}
+TILE_BYTES = {"cpu": 8 << 20}
 _WORTHWHILE = 5_000_000  # operations
 
 

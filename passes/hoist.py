@@ -9,7 +9,10 @@ same program: a prologue over the tensors, and a body over x and whatever it nee
 
 from __future__ import annotations
 
+import torch
 from torch import fx
+
+from fxhess.emit import VAL
 
 
 def hoist(graph: fx.Graph) -> tuple[fx.Graph, fx.Graph]:
@@ -32,7 +35,7 @@ def hoist(graph: fx.Graph) -> tuple[fx.Graph, fx.Graph]:
     for node in nodes:
         if node not in depends and node.op != "output":
             early[node] = prologue.node_copy(node, early.__getitem__)
-    prologue.output(tuple(early[node] for node in crossing))
+    prologue.output(tuple(_dense(prologue, node, early[node], depends) for node in crossing))
     body = fx.Graph()
     late = {x: body.node_copy(x)}
     for node in crossing:
@@ -42,3 +45,15 @@ def hoist(graph: fx.Graph) -> tuple[fx.Graph, fx.Graph]:
         if node is not x and (node in depends or node.op == "output"):
             late[node] = body.node_copy(node, late.__getitem__)
     return prologue, body
+
+
+def _dense(prologue: fx.Graph, node: fx.Node, made: fx.Node, depends: set[fx.Node]) -> fx.Node:
+    """A transposed weight that pointwise operations read is stored in its own order of axes: they
+    would give all their results the weight's order, and every product after them a copy to
+    undo it."""
+    pointwise = any(user in depends and user.target is not torch.matmul for user in node.users)
+    if not pointwise or not isinstance(node.meta.get(VAL), torch.Tensor):
+        return made
+    dense = prologue.call_method("contiguous", (made,))
+    dense.meta = dict(node.meta)
+    return dense
