@@ -103,8 +103,9 @@ STEPS = {
         + aten.bitwise_or.Scalar_Tensor(3, _integers(x))
         + aten.bitwise_xor.Scalar_Tensor(3, _integers(x))
     ),
-    "shifts": lambda x: torch.bitwise_left_shift(_integers(x), N)
-    + torch.bitwise_right_shift(_integers(x), N),
+    "shifts": lambda x: (
+        torch.bitwise_left_shift(_integers(x), N) + torch.bitwise_right_shift(_integers(x), N)
+    ),
     "shifts operators": lambda x: (_integers(x) << 1) + (_integers(x) >> N),
     "shifts by number": lambda x: (
         aten.bitwise_left_shift.Tensor_Scalar(_integers(x), 1)
