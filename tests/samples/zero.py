@@ -106,7 +106,8 @@ STEPS = {
     "shifts": lambda x: (
         torch.bitwise_left_shift(_integers(x), N) + torch.bitwise_right_shift(_integers(x), N)
     ),
-    "shifts operators": lambda x: (_integers(x) << 1) + (_integers(x) >> N),
+    "shift operators": lambda x: (_integers(x) << N) + (_integers(x) >> N),
+    "shift operators by number": lambda x: (_integers(x) << 1) + (_integers(x) >> 1),
     "shifts by number": lambda x: (
         aten.bitwise_left_shift.Tensor_Scalar(_integers(x), 1)
         + aten.bitwise_right_shift.Tensor_Scalar(_integers(x), 1)
