@@ -10,6 +10,7 @@ from torch import nn
 
 from fxhess.errors import InputError
 from fxhess.module import OUTPUTS, HessianModule
+from fxhess.pipeline import STRATEGIES
 
 
 def transform(
@@ -62,6 +63,10 @@ def transform(
         raise InputError(
             f"unknown output {unknown[0]!r}" if unknown else "outputs must be named once each",
             hint=f"valid outputs are {', '.join(map(repr, OUTPUTS))}",
+        )
+    if strategy not in STRATEGIES:
+        raise InputError(
+            f"unknown strategy {strategy!r}", hint=f"valid are {', '.join(map(repr, STRATEGIES))}"
         )
     if fallback not in ("allow", "error"):
         raise InputError(f"unknown fallback {fallback!r}", hint="valid are 'allow' and 'error'")

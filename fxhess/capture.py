@@ -8,7 +8,6 @@ says where each is read at every call, so weights that change, are replaced or s
 
 from __future__ import annotations
 
-import functools
 import inspect
 import linecache
 import os
@@ -25,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from fxhess import _torch, registry
+from fxhess.closures import tensor_paths
 from fxhess.emit import ORIGIN
 from fxhess.errors import CaptureError, FxhessError, Origin
 from fxhess.functions import whole_functions
@@ -92,55 +92,12 @@ class Captured:
             )
         self.output = result
 
-
-class FunctionModule(nn.Module):
-    """A plain function as a module: the modules it closes over are submodules, the tensors it
-    closes over are read from it at every call."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-        for name, value in _free_variables(function):
-            if isinstance(value, nn.Module):
-                self.add_module(name.replace(".", "_"), value)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("free:"):  # a tensor that the function closes over
-            return dict(_free_variables(self.function))[name[5:]]
-        return super().__getattr__(name)
-
-
-def as_module(model: nn.Module | Callable[..., Any]) -> nn.Module:
-    """``model`` itself, or a module around a function."""
-    return model if isinstance(model, nn.Module) else FunctionModule(model)
-
-
-def _free_variables(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
-    """Names and values of what a function closes over: cells, globals, defaults, partial
-    arguments and the object a method is bound to."""
-    if isinstance(function, functools.partial):
-        yield from ((f"arg{i}", value) for i, value in enumerate(function.args))
-        yield from function.keywords.items()
-        yield from _free_variables(function.func)
-        return
-    if inspect.ismethod(function):
-        yield "self", function.__self__
-        function = function.__func__
-    code = getattr(function, "__code__", None)
-    if code is None:
-        return
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            yield name, cell.cell_contents
-        except ValueError:  # an empty cell
-            continue
-    scope = function.__globals__
-    yield from ((name, scope[name]) for name in code.co_names if name in scope)
-    for i, value in enumerate(function.__defaults__ or ()):
-        yield f"default{i}", value
+    @property
+    def converts(self) -> bool:
+        """Whether the model converts between types itself."""
+        return any(
+            node.target is torch.ops.aten._to_copy.default for node in self.graph_module.graph.nodes
+        )
 
 
 class _Watch(TorchFunctionMode):
@@ -218,7 +175,7 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int) -> Captured:
                 traced = found
                 break
         if traced is None:
-            raise _capture_error(failure, x) from failure
+            raise _capture_error(failure, x, open_modules) from failure
         graph_module = traced.graph_module
         graph = graph_module.graph
         placeholders = [n for n in graph.nodes if n.op == "placeholder"]
@@ -343,7 +300,7 @@ def _lift_constants(
             )
         if name not in lifted:
             if paths is None:
-                paths = _tensor_paths(model)
+                paths = tensor_paths(model)
             path = paths.get(id(tensor))
             with graph.inserting_after(last):
                 lifted[name] = last = graph.placeholder(name)
@@ -353,44 +310,38 @@ def _lift_constants(
         graph.erase_node(node)
 
 
-def _tensor_paths(model: nn.Module) -> dict[int, tuple[str, ...]]:
-    """Paths of tensors that are plain attributes of a module or closed over by a function."""
-    found: dict[int, tuple[str, ...]] = {}
-    for prefix, module in model.named_modules():
-        base = tuple(prefix.split(".")) if prefix else ()
-        for name, value in vars(module).items():
-            if isinstance(value, torch.Tensor):
-                found[id(value)] = (*base, name)
-        if isinstance(module, FunctionModule):
-            for name, value in _free_variables(module.function):
-                if isinstance(value, torch.Tensor):
-                    found[id(value)] = (*base, f"free:{name}")
-    return found
-
-
-def _capture_error(error: Exception | None, x: torch.Tensor) -> CaptureError:
+def _capture_error(
+    error: Exception | None, x: torch.Tensor, open_modules: list[tuple[str, fx.Node | None]]
+) -> CaptureError:
     if error is None:
         return CaptureError(
             f"the model behaves differently for a batch like that of x, {list(x.shape)}, than for"
             " every larger one, so it cannot be traced for it",
-            hint="read the batch size as x.shape[0], not len(x) or int(..), or call with two samples"
-            " or more",
+            hint="read the batch size as x.shape[0], not as len(x) or int(x.shape[0])",
         )
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if not f.filename.startswith(_INTERNAL)]
-    where = f"{own[-1].filename}:{own[-1].lineno}: {own[-1].line}" if own else ""
+    places = [f"module '{open_modules[-1][0]}'"] if open_modules else []
+    places += [f"{own[-1].filename}:{own[-1].lineno}: {own[-1].line}"] if own else []
+    where = ", at ".join(places)
     name = type(error).__name__
     if "DataDependent" in name or "data-dependent" in str(error).lower():
-        return CaptureError(
-            "the model branches on the value of a tensor (`if tensor`, `.item()`, a boolean mask),"
-            " so one program cannot serve every sample",
-            where=where,
-            hint="choose with torch.where, or move the decision out of the model",
-        )
+        return depends_on_values(where)
     return CaptureError(
-        f"PyTorch could not run the model on x while tracing it: {name}: {_first_lines(error)}",
+        f"PyTorch could not run the model on x of shape {list(x.shape)} while tracing it:"
+        f" {name}: {_first_lines(error)}",
         where=where,
         hint="check that model(x) itself runs on such an x",
+    )
+
+
+def depends_on_values(where: Origin | str | None) -> CaptureError:
+    """The refusal of a program that is not the same for every x."""
+    return CaptureError(
+        "the model branches on the value of a tensor (`if tensor`, `.item()`, a boolean mask),"
+        " so one program cannot serve every sample",
+        where=where,
+        hint="choose with torch.where, or move the decision out of the model",
     )
 
 

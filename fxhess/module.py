@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -15,7 +15,8 @@ from torch import fx, nn
 
 from fxhess import _torch
 from fxhess.cache import programs
-from fxhess.capture import Captured, Source, as_module, capture
+from fxhess.capture import Source, capture
+from fxhess.closures import FunctionModule, as_module
 from fxhess.errors import CaptureError, InputError
 from fxhess.execute import Hoisted, run_whole
 from fxhess.explain import Explanation
@@ -147,17 +148,22 @@ class HessianModule(nn.Module):
             _overlap(out, source.read(self.model)) for source in binding.sources
         ):
             raise InputError("out overlaps x or a tensor of the model in memory")
-        if out._is_view() and out.numel() and _self_overlapping(out):
+        if out.numel() and _self_overlapping(out):
             raise InputError("out overlaps itself in memory (an expanded tensor)")
 
     # --- programs -------------------------------------------------------------------------------
 
     def _key(self, x: torch.Tensor) -> Any:
-        modes = tuple([m.training for m in self.model.modules()])
+        # Modules by identity: one that was replaced may compute something else.
+        modules = tuple([(id(m), m.training) for m in self.model.modules()])
         nb = x.ndim - self.options.event_ndim
-        return (nb, x.shape[nb:] if nb >= 0 else None, x.dtype, x.device, modes)
+        return (nb, x.shape[nb:] if nb >= 0 else None, x.dtype, x.device, x.layout, modules)
 
     def _find(self, x: torch.Tensor) -> Binding | None:
+        if not isinstance(x, torch.Tensor):
+            return None
+        if isinstance(self.model, FunctionModule) and not torch.compiler.is_compiling():
+            self.model.refresh()
         for binding in self._bindings.get(self._key(x), ()):
             if binding.generation == programs.generation and (
                 not binding.guards or binding.holds(x)
@@ -184,8 +190,19 @@ class HessianModule(nn.Module):
             if binding is not None:
                 return binding
             nb = x.ndim - self.options.event_ndim
-            captured = capture(self.model, x, nb)
-            self._check_tensors(captured, x)
+            try:
+                captured = capture(self.model, x, nb)
+            except CaptureError:
+                self._check_tensors(dict(self.model.named_parameters()), x)
+                self._check_tensors(dict(self.model.named_buffers()), x)
+                raise
+            used = {
+                ".".join(source.path) or "a tensor made in forward": source.read(self.model)
+                for source in captured.sources
+            }
+            self._check_tensors(used, x)
+            if not captured.converts:
+                self._check_types(used, x)
             key = key_of(captured, x, self.options)
             program = programs.get(key, lambda: compile_captured(captured, x, self.options))
             tensors = [source.read(self.model) for source in captured.sources]
@@ -222,16 +239,24 @@ class HessianModule(nn.Module):
         if x.device.type == "meta":
             raise InputError("x is on the meta device: it has no values")
 
-    def _check_tensors(self, captured: Captured, x: torch.Tensor) -> None:
-        for source in captured.sources:
-            tensor = source.read(self.model)
-            name = ".".join(source.path) or "a tensor made in forward"
+    def _check_tensors(self, tensors: Mapping[str, torch.Tensor], x: torch.Tensor) -> None:
+        for name, tensor in tensors.items():
             if tensor.device.type == "meta":
                 raise InputError(f"'{name}' is on the meta device: it has no values")
             if tensor.device != x.device and tensor.ndim:
                 raise InputError(
                     f"x is on {x.device}, '{name}' on {tensor.device}", hint="move one of them"
                 )
+
+    def _check_types(self, tensors: Mapping[str, torch.Tensor], x: torch.Tensor) -> None:
+        """All weights of another type than x, and no conversion in the model: an oversight."""
+        weights = {n: t for n, t in tensors.items() if t.dtype.is_floating_point and t.ndim}
+        if weights and all(t.dtype != x.dtype for t in weights.values()):
+            name, tensor = next(iter(weights.items()))
+            raise InputError(
+                f"x is {x.dtype}, '{name}' {tensor.dtype}",
+                hint=f"x.to({tensor.dtype}) or model.to({x.dtype})",
+            )
 
     # --- looking at it --------------------------------------------------------------------------
 
@@ -300,7 +325,13 @@ def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _self_overlapping(t: torch.Tensor) -> bool:
-    return any(s == 0 and n > 1 for n, s in zip(t.shape, t.stride(), strict=True))
+    """Whether two entries may share memory: each axis has to step over all finer ones."""
+    reach = 0
+    for step, n in sorted((s, n) for n, s in zip(t.shape, t.stride(), strict=True) if n > 1):
+        if step <= reach:
+            return True
+        reach += step * (n - 1)
+    return False
 
 
 __all__ = ["OUTPUTS", "CaptureError", "HessianModule", "result_type"]

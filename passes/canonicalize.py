@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from fxhess import _torch, kinds
-from fxhess.capture import Captured
+from fxhess.capture import Captured, depends_on_values
 from fxhess.emit import ORIGIN, VAL, Emitter, Var, nominal_batch
 from fxhess.errors import CaptureError, FxhessError, UnsupportedOpError
 from fxhess.facts import FACT, Canonical, Fact
@@ -120,6 +120,8 @@ class _Walk:
                 return self.layouts.size_of(args[0].groups[args[1]])
             if node.target is torch.ops.aten.sym_numel.default and isinstance(args[0], Laid):
                 return self.layouts.size_of(tuple(a for group in args[0].groups for a in group))
+            if torch.Tag.data_dependent_output in getattr(node.target, "tags", ()):
+                raise depends_on_values(origin)
             if not _holds_laid((args, kwargs)):
                 return self._copy(node, args, kwargs)
             return self._by_rule(node, args, kwargs)
