@@ -193,7 +193,7 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int) -> Captured:
 
 # Batch sizes to trace with: they coincide with no other size of a model, so that no condition on
 # the batch size is recorded by accident.
-_UNLIKELY = (1009, 1013, 1019, 1021, 1031, 1033, 1039, 1049)
+_UNLIKELY = (1009, 1013, 1019, 1021)
 
 
 def _examples(x: torch.Tensor, batch_ndim: int) -> Iterator[torch.Tensor]:
@@ -201,7 +201,9 @@ def _examples(x: torch.Tensor, batch_ndim: int) -> Iterator[torch.Tensor]:
     for one batch size, of x's own."""
     event = x.shape[batch_ndim:]
     if batch_ndim:
-        yield _torch.stand_in(x, (*(_UNLIKELY * batch_ndim)[:batch_ndim], *event))
+        # Of very many axes, small ones: their product has to be a size that a tensor can have.
+        sizes = _UNLIKELY[:batch_ndim] if batch_ndim <= len(_UNLIKELY) else (3,) * batch_ndim
+        yield _torch.stand_in(x, (*sizes, *event))
     yield _torch.stand_in(x, (*(max(2, n) for n in x.shape[:batch_ndim]), *event))
 
 
