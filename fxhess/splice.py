@@ -8,7 +8,7 @@ node takes the derivative by autograd each time the program runs.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,7 +138,7 @@ class Splicer:
                 traced = _batched.trace_batched(
                     program.on(way), self.symbols, dims, dtypes, x.device
                 )
-                self._check(traced, program, inputs, dims)
+                self._check(tidy(traced), program, inputs, dims)
             except Exception:  # whatever the reason, the exact way at run time is left
                 continue
             return traced
@@ -151,28 +151,27 @@ class Splicer:
         inputs: list[torch.Tensor],
         dims: list[list[Any]],
     ) -> None:
-        """The trace agrees with the untraced derivative, for the first and last direction."""
+        """The trace agrees with the untraced derivative, for the first and last direction; and so
+        do their gradients, for what follows from the Hessian."""
         given = list(inputs)
         first = 1 + len(self.derivation.inputs)
         lead = 0
         for n in range(first, len(inputs)):
-            rank = len(dims[n])
-            count = rank - self._rank(program, n - first)
+            count = len(dims[n]) - self._rank(program, n - first)
             lead = max(lead, count)
-            for axis in range(count):
-                if given[n].shape[axis] > 1:
-                    ends = torch.tensor([0, given[n].shape[axis] - 1], device=given[n].device)
-                    given[n] = given[n].index_select(axis, ends)
-        with torch.no_grad():
-            got = traced(*inputs)
-        want = program.on(Way())(*given)
-        for a, b in zip(_list(got), _list(want), strict=True):
-            for axis in range(lead):
-                if a.shape[axis] != b.shape[axis]:
-                    ends = torch.tensor([0, a.shape[axis] - 1], device=a.device)
-                    a = a.index_select(axis, ends)
+            given[n] = _ends(given[n], range(count))
+        with torch.inference_mode(False):
+            got, slopes = _with_gradients(traced, inputs, range(1, first), lead)
+            want, right = _with_gradients(program.on(Way(keep=True)), given, range(1, first), lead)
+        for a, b in zip(got, want, strict=True):
             if not agree(a, b):
                 raise Untraceable
+        if program.form != "values" and right is not None:
+            if slopes is None:
+                raise Untraceable
+            for a, b in zip(slopes, right, strict=True):
+                if not agree(a, b):
+                    raise Untraceable
 
     def _rank(self, program: Program, n: int) -> int:
         derivation = self.derivation
@@ -254,10 +253,6 @@ class Program:
         return like(d.operand(self.at[1]), lead, dtype_of(self.at[1]))
 
 
-def _list(value: Any) -> list[torch.Tensor]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
 def agree(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two results are the same up to rounding; what is not finite must coincide."""
     if a.shape != b.shape:
@@ -285,17 +280,70 @@ def slow_nodes(graph: fx.Graph) -> tuple[str, ...]:
 
 # --- copying a trace --------------------------------------------------------------------------------
 
+def _ends(t: torch.Tensor, axes: Iterable[int]) -> torch.Tensor:
+    """The first and last entry along each axis."""
+    for axis in axes:
+        if t.shape[axis] > 2:
+            ends = torch.tensor([0, t.shape[axis] - 1], device=t.device)
+            t = t.index_select(axis, ends)
+    return t
+
+
+def _with_gradients(
+    function: Any, inputs: Sequence[torch.Tensor], places: Iterable[int], lead: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+    """The results (at the ends of their leading axes), and the gradients of a weighted sum of
+    them with respect to the inputs at ``places``; None where PyTorch has none."""
+    given = [t.clone() for t in inputs]
+    points = [given[n].requires_grad_() for n in places if given[n].is_floating_point()]
+    with torch.enable_grad():
+        out = function(*given)
+        results = [_ends(t, range(lead)) for t in (out if isinstance(out, (list, tuple)) else [out])]
+        total = sum(
+            (t * torch.arange(1, t.numel() + 1, device=t.device).reshape(t.shape)).sum()
+            for t in results
+            if t.is_floating_point()
+        )
+        slopes = None
+        if isinstance(total, torch.Tensor) and total.requires_grad and points:
+            try:
+                found = torch.autograd.grad(total, points, allow_unused=True)
+                slopes = [
+                    torch.zeros_like(p) if s is None else s
+                    for p, s in zip(points, found, strict=True)
+                ]
+            except RuntimeError:
+                slopes = None
+        elif points:
+            slopes = [torch.zeros_like(p) for p in points]
+    return [t.detach() for t in results], slopes
+
+
 _aten = torch.ops.aten
 _SAME = frozenset({_aten.detach.default, _aten.alias.default, _aten.lift_fresh_copy.default})
 _VIEWS = frozenset({_aten.view.default, _aten._unsafe_view.default})
 
 
-def splice(emitter: Emitter, traced: fx.GraphModule, inputs: Sequence[Var]) -> Any:
-    """Copy the nodes of a trace; the result is a Var or a list of them.
+def tidy(traced: fx.GraphModule) -> fx.GraphModule:
+    """The trace as it has to be in another graph, in place: saved results that autograd detached
+    are what they are, so that gradients flow through; and a view of a tensor of the traced
+    strides is a reshape of one of any strides."""
+    for node in list(traced.graph.nodes):
+        same = node.target in _SAME and not node.meta.get(_batched.KEPT)
+        if same or (node.target in _VIEWS and _shape(node) == _shape(node.args[0])):
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
+        elif node.target in _VIEWS:
+            node.target = _aten.reshape.default
+        elif node.target is _aten.copy.default and _dtype(node) == _dtype(node.args[1]):
+            # It has no derivative of its own.
+            node.target, node.args = _aten.expand_as.default, (node.args[1], node.args[0])
+    traced.recompile()
+    return traced
 
-    Saved results that autograd detached are what they are, so that gradients flow through; and
-    a view of a tensor of the traced strides is a reshape of one of any strides.
-    """
+
+def splice(emitter: Emitter, traced: fx.GraphModule, inputs: Sequence[Var]) -> Any:
+    """Copy the nodes of a tidy trace; the result is a Var or a list of them."""
     values: dict[fx.Node, Any] = {}
     remaining = list(inputs)
     strided = any(n.target is _aten.as_strided.default for n in traced.graph.nodes)
@@ -316,13 +364,7 @@ def splice(emitter: Emitter, traced: fx.GraphModule, inputs: Sequence[Var]) -> A
         if node.op == "output":
             (result,) = args
             return list(result) if isinstance(result, (list, tuple)) else result
-        if node.target in _SAME and not node.meta.get(_batched.KEPT):
-            values[node] = args[0]
-        elif node.target in _VIEWS and _shape(node) == _shape(node.args[0]):
-            values[node] = args[0]
-        elif node.target in _VIEWS:
-            values[node] = emitter.call(_aten.reshape.default, *args)
-        elif node.target is operator.getitem and not isinstance(args[0], Var):
+        if node.target is operator.getitem and not isinstance(args[0], Var):
             values[node] = args[0][args[1]]
         elif node.target is torch.ops.fxhess.function.default:
             tensors, token = args
@@ -330,6 +372,11 @@ def splice(emitter: Emitter, traced: fx.GraphModule, inputs: Sequence[Var]) -> A
         else:
             values[node] = emitter.call(node.target, *args, **kwargs)
     raise Untraceable("a trace without a result")
+
+
+def _dtype(node: Any) -> torch.dtype | None:
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, torch.Tensor) else None
 
 
 def _shape(node: Any) -> tuple[str, ...] | None:

@@ -25,7 +25,7 @@ from fxhess.arrangement import Arrangement
 from fxhess.capture import Captured
 from fxhess.derive import Derivation
 from fxhess.emit import Var
-from fxhess.errors import FxhessError, Origin, UnsupportedOpError
+from fxhess.errors import CaptureError, FxhessError, Origin, UnsupportedOpError
 from fxhess.facts import fact
 from fxhess.passes.bound import Raw
 from fxhess.passes.layout import Atom, Laid, Layouts
@@ -86,6 +86,16 @@ class Opaque:
                 raise UnsupportedOpError(
                     f"{node.target} draws random numbers and has no rule", where=origin
                 )
+
+    def _refuse_unknown_size(self, shape: Sequence[Any]) -> None:
+        known = set(self.captured.symbols)
+        if any(not set(size.free_symbols) <= known for size in shape):
+            raise CaptureError(
+                "the size of a result depends on the values of a tensor, so one program cannot"
+                " serve every sample",
+                where=self.layouts.origin,
+                hint="keep all entries and choose among them with torch.where",
+            )
 
     # --- axes -------------------------------------------------------------------------------------
 
@@ -167,11 +177,11 @@ class Opaque:
         found = []
         for i, node in enumerate(region.outputs):
             shape = [_torch.size_expression(s) for s in node.meta["val"].shape]
+            self._refuse_unknown_size(shape)
             for arrangement in self._candidates(shape, inputs):
                 samples = [(index, results[i]) for index, results in alone]
-                if set(arrangement.batches) == present and self._apart(
-                    arrangement, whole[i], samples
-                ):
+                own = set(arrangement.batches)
+                if own in (present, set()) and self._apart(arrangement, whole[i], samples):
                     found.append(arrangement)
                     break
             else:
@@ -233,7 +243,11 @@ class Opaque:
 
     def _kind(self, splicer: Splicer, k: int, origin: Origin) -> Any:
         """How output k differentiates: tried by double backward at the probe."""
-        order = _order(splicer.derivation, k, *splicer.point, origin)
+        d = splicer.derivation
+        batched = any(a is not None and a.batches for a in d.inputs)
+        if batched and not d.outputs[k].batches:
+            return kinds.Zero()  # the same for every sample: it does not depend on x
+        order = _order(d, k, *splicer.point, origin)
         if order == 0:
             return kinds.Zero()
 

@@ -7,7 +7,8 @@ a function of real tensors with real results, whatever is inside.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +21,6 @@ from fxhess.emit import ORIGIN
 from fxhess.errors import FxhessError, Origin, UnsupportedOpError
 from fxhess.functions import called, differentiable
 
-_PROBE_SIZES = (3, 2)  # of the first and of every further batch axis
 _NOISE = (0.05, 1e-3)  # relative: how far the probe's samples are from those of x
 
 
@@ -37,6 +37,7 @@ class Region:
     @classmethod
     def of(cls, nodes: Sequence[fx.Node], captured: Captured) -> Region:
         inside = set(nodes)
+        needed = _reach([captured.output], lambda n: n.all_input_nodes)
         inputs = dict.fromkeys(
             operand
             for node in nodes
@@ -47,7 +48,7 @@ class Region:
             node
             for node in nodes
             if isinstance(node.meta.get("val"), torch.Tensor)
-            and any(user not in inside for user in node.users)
+            and (node is captured.output or any(user in needed and user not in inside for user in node.users))
         ]
         first = next((n for n in nodes if n.meta.get(ORIGIN)), nodes[0])
         origin = first.meta.get(ORIGIN) or Origin(str(first.target))
@@ -81,9 +82,9 @@ class Probe:
     def __init__(self, captured: Captured, x: torch.Tensor) -> None:
         self.captured = captured
         nb = captured.batch_ndim
+        free = _unlike(captured)
         self.sizes = tuple(
-            int(s) if getattr(s, "is_number", True) else _PROBE_SIZES[min(k, 1)]
-            for k, s in enumerate(captured.sizes)
+            int(s) if getattr(s, "is_number", True) else next(free) for s in captured.sizes
         )
         self._noise = _NOISE if nb else (0.0, *_NOISE)
         self._xs = [self._sample(x, noise) for noise in self._noise]
@@ -142,6 +143,14 @@ class Probe:
                 kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return [values[node] for node in region.inputs]
+
+
+def _unlike(captured: Captured) -> Iterator[int]:
+    """Small batch sizes that are no other size in the model: operations may read meaning into
+    axes of equal size."""
+    values = [t for n in captured.graph_module.graph.nodes for t in _tensors(n.meta.get("val"))]
+    taken = {size for t in values for size in t.shape if isinstance(size, int)}
+    return (n for n in itertools.count(2) if n not in taken)
 
 
 def with_items(nodes: Sequence[fx.Node]) -> list[fx.Node]:

@@ -1,0 +1,40 @@
+"""Matrices: what can be said in products.  The rest of linear algebra has PyTorch's own derivatives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fxhess.registry import aten, composite
+
+
+def _minor(a: torch.Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> torch.Tensor:
+    (i, j), (k, l) = rows, columns  # noqa: E741
+    return a[..., i, k] * a[..., j, l] - a[..., i, l] * a[..., j, k]
+
+
+@composite(aten._linalg_det.default)
+def det(A: torch.Tensor) -> Any:
+    """Small determinants as the polynomials that they are: exact also for singular matrices.  Two
+    rows at a time for size 4 (Laplace's expansion)."""
+    n = A.shape[-1]
+    if n == 1:
+        result = A[..., 0, 0]
+    elif n == 2:
+        result = _minor(A, (0, 1), (0, 1))
+    elif n == 3:
+        minors = [_minor(A, (1, 2), c) for c in ((1, 2), (0, 2), (0, 1))]
+        result = A[..., 0, 0] * minors[0] - A[..., 0, 1] * minors[1] + A[..., 0, 2] * minors[2]
+    elif n == 4:
+        pairs = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+        signs = (1, -1, 1, 1, -1, 1)
+        terms = [
+            _minor(A, (0, 1), p) * _minor(A, (2, 3), q) * s
+            for p, q, s in zip(pairs, reversed(pairs), signs, strict=True)
+        ]
+        result = terms[0] + terms[1] + terms[2] + terms[3] + terms[4] + terms[5]
+    else:
+        return NotImplemented
+    LU, pivots, _ = aten.linalg_lu_factor_ex.default(A)
+    return result, LU, pivots
