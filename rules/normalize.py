@@ -18,7 +18,7 @@ Maybe = torch.Tensor | None
 
 
 def _standardized(
-    x: torch.Tensor, dims: Sequence[int], eps: float
+    x: torch.Tensor, dims: list[int], eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(x - mean) / sqrt(var + eps)``, the mean, and the reciprocal of the root."""
     mean = torch.mean(x, dims, True)
@@ -98,7 +98,7 @@ def _batch_norm(
     return y, x.new_empty(0), x.new_empty(0)
 
 
-@composite(aten.native_batch_norm.default, aten._native_batch_norm_legit.default)
+@composite(aten.native_batch_norm.default)
 def native_batch_norm(
     input: torch.Tensor,
     weight: Maybe,

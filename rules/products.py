@@ -32,7 +32,25 @@ def _equation(text: str) -> Any:
 multilinear(aten.mul.Tensor, _product)
 multilinear(aten.mul.Scalar, _product)
 multilinear(aten.mm.default, _equation("ik,kj->ij"))
-multilinear(aten.bmm.default, _equation("nik,nkj->nij"))
+
+
+def _unrepeated(self: torch.Tensor, mat2: torch.Tensor) -> Any:
+    """One matrix repeated along the axis of products (PyTorch repeats the weight of a linear layer
+    on an operand that is not contiguous): one flat product, with that matrix itself."""
+    if _is_repeated(mat2):
+        flat = torch.mm(self.reshape(-1, self.shape[-1]), torch.select(mat2, 0, 0))
+        return flat.reshape(*self.shape[:-1], mat2.shape[-1])
+    if _is_repeated(self):
+        return _unrepeated(mat2.mT, self.mT).mT
+    return NotImplemented
+
+
+def _is_repeated(matrices: torch.Tensor) -> bool:
+    stride = matrices.stride(0)
+    return isinstance(stride, int) and stride == 0
+
+
+multilinear(aten.bmm.default, _equation("nik,nkj->nij"), rewrite=_unrepeated)
 multilinear(aten.mv.default, _equation("ik,k->i"))
 multilinear(aten.dot.default, _equation("k,k->"))
 multilinear(aten.vdot.default, _equation("k,k->"))

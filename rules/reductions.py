@@ -37,13 +37,10 @@ def _cast_first(op: Callable[..., Any]) -> Callable[..., Any]:
     return rewrite
 
 
-for op, mean in (
-    (aten.sum.default, False),
-    (aten.sum.dim_IntList, False),
-    (aten.mean.default, True),
-    (aten.mean.dim, True),
-):
-    multilinear(op, lambda a, mean=mean: _reduce(a, mean), rewrite=_cast_first(op))
+for op in (aten.sum.default, aten.sum.dim_IntList):
+    multilinear(op, lambda a: _reduce(a, mean=False), rewrite=_cast_first(op))
+for op in (aten.mean.default, aten.mean.dim):
+    multilinear(op, lambda a: _reduce(a, mean=True), rewrite=_cast_first(op))
 
 
 @composite(aten.nansum.default)
@@ -199,7 +196,7 @@ def dist(self: torch.Tensor, other: torch.Tensor, p: float = 2) -> torch.Tensor:
 def finite_peak(self: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
     """The largest entry along ``dims``, kept as axes of size 1, as a constant: what exponents are
     shifted by.  0 where it is infinite, so that exp(-inf) stays 0."""
-    peak = torch.amax(self.detach(), dims, True)
+    peak = torch.amax(self.detach(), tuple(dims), True)
     return torch.where(torch.isinf(peak), 0.0, peak)
 
 
@@ -231,7 +228,7 @@ def _ties(call: Call) -> tuple[Any, Any]:
     """Where the extremum is taken, and in how many places (kept as axes of size 1)."""
     dims = tuple(call.args[1])
     y = call.y if call.args[2] else _restored(call.y, dims)
-    taken = call.operands[0] == y
+    taken = torch.eq(call.operands[0], y)
     return taken, torch.sum(taken, dims, True)
 
 

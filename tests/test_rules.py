@@ -18,6 +18,7 @@ FILES = sorted((Path(__file__).parent / "samples").glob("[!_]*.py"))
 
 # Rules that no sample can use, each with its reason.
 NO_REFEREE = "PyTorch has no double backward; in test_pointwise.py"
+KERNEL = "seen on other devices or in other builds; in test_kernels.py"
 EXPORT = "make_fx shows it in parts; torch.export, the fallback, whole"
 WITHOUT_SAMPLE: dict[str, str] = {
     "aten.hardsigmoid.default": NO_REFEREE,
@@ -26,6 +27,17 @@ WITHOUT_SAMPLE: dict[str, str] = {
     "aten.special_zeta.other_scalar": NO_REFEREE,
     "aten.binary_cross_entropy_with_logits.default": EXPORT,
     "aten.rrelu_with_noise_functional.default": EXPORT,
+    "aten._convolution.default": KERNEL,
+    "aten.convolution_overrideable.default": KERNEL,
+    "aten.mkldnn_convolution.default": KERNEL,
+    "aten.cudnn_convolution.default": KERNEL,
+    "aten._fused_rms_norm.default": KERNEL,
+    "aten.cudnn_batch_norm.default": KERNEL,
+    "aten.miopen_batch_norm.default": KERNEL,
+    "aten.mkldnn_max_pool2d.default": KERNEL,
+    "aten.mkldnn_max_pool3d.default": KERNEL,
+    "aten._thnn_fused_lstm_cell.default": KERNEL,
+    "aten._thnn_fused_gru_cell.default": KERNEL,
 }
 
 

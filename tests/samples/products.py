@@ -164,4 +164,13 @@ UNBATCHED = [
     ),
 ]
 
-SAMPLES = [*UNBATCHED, *ELEMENTS, *MATRICES, *EQUATIONS, *DISTANCES]
+REPEATED = [
+    Sample("linear, not contiguous", lambda x: F.linear(x.sin().mT, WIDE), (4, 3)),
+    Sample(
+        "bmm of a repeated matrix",
+        lambda x: torch.bmm(WIDE.expand(x.shape[0], 3, 4), x.sin()),
+        (4, 2),
+    ),
+]
+
+SAMPLES = [*UNBATCHED, *ELEMENTS, *MATRICES, *EQUATIONS, *DISTANCES, *REPEATED]
