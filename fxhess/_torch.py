@@ -9,6 +9,7 @@ imported, ``torch.export`` (public, about three times slower) gives the same kin
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -121,6 +122,16 @@ def stand_in(x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         return x.new_empty(tuple(sizes))
     with FakeTensorMode():
         return torch.empty(tuple(sizes), dtype=x.dtype, device=x.device)
+
+
+@functools.cache
+def standard_decompositions() -> Mapping[Any, Callable[..., Any]]:
+    """How PyTorch composes operators of its core ones; empty where it no longer tells."""
+    try:
+        from torch._decomp import core_aten_decompositions
+    except ImportError:  # pragma: no cover - a PyTorch that moved it
+        return {}
+    return dict(core_aten_decompositions().items())
 
 
 def writes_in_place(graph: fx.Graph) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch._ops import OpOverload  # the type only; it has no public name
 
-from fxhess import kinds
+from fxhess import _torch, kinds
 from fxhess.errors import RuleError
 from fxhess.kinds import Axes, Equation, Kind, Partial
 
@@ -88,8 +88,9 @@ def version() -> int:
 
 
 def decompositions() -> dict[OpOverload, Callable[..., Any]]:
-    """The rewrites of all rules that have one, as ``make_fx`` wants them."""
-    table: dict[OpOverload, Callable[..., Any]] = {}
+    """How operators are rewritten at capture, as ``make_fx`` wants it: by the rules that say so,
+    and, operators without a rule, as PyTorch itself composes them of others."""
+    table = {op: f for op, f in _torch.standard_decompositions().items() if op not in _rules}
     for rule in rules():
         if isinstance(rule.kind, kinds.Composite):
             table[rule.op] = rule.kind.rewrite

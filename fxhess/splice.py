@@ -321,6 +321,7 @@ def _with_gradients(
 
 _aten = torch.ops.aten
 _SAME = frozenset({_aten.detach.default, _aten.alias.default, _aten.lift_fresh_copy.default})
+_SCATTERS = frozenset({_aten.slice_scatter.default, _aten.select_scatter.default})
 _VIEWS = frozenset({_aten.view.default, _aten._unsafe_view.default})
 
 
@@ -335,11 +336,37 @@ def tidy(traced: fx.GraphModule) -> fx.GraphModule:
             traced.graph.erase_node(node)
         elif node.target in _VIEWS:
             node.target = _aten.reshape.default
-        elif node.target is _aten.copy.default and _dtype(node) == _dtype(node.args[1]):
-            # It has no derivative of its own.
-            node.target, node.args = _aten.expand_as.default, (node.args[1], node.args[0])
+        elif node.target is _aten.copy.default:  # it has no derivative of its own
+            like, source = node.args[:2]
+            if _dtype(like) != _dtype(source):
+                with traced.graph.inserting_before(node):
+                    source = traced.graph.call_function(
+                        _aten._to_copy.default, (source,), {"dtype": _dtype(like)}
+                    )
+            node.target, node.args = _aten.expand_as.default, (source, like)
+        elif node.target in _SCATTERS and node.meta["val"].is_complex():
+            _scatter_as_real(traced.graph, node)
     traced.recompile()
     return traced
+
+
+def _scatter_as_real(graph: fx.Graph, node: fx.Node) -> None:
+    """Writing into a slice of complex numbers has no derivative; of pairs of real ones it has."""
+    whole, part, *rest = node.args
+    rank = node.meta["val"].ndim
+    if rest:
+        rest[0] = rest[0] % rank  # type: ignore[operator]
+    with graph.inserting_before(node):
+        pairs = [
+            graph.call_function(
+                _aten.view_as_real.default, (graph.call_function(_aten.resolve_conj.default, (v,)),)
+            )
+            for v in (whole, part)
+        ]
+        written = graph.call_function(node.target, (*pairs, *rest), dict(node.kwargs))  # type: ignore[arg-type]
+        result = graph.call_function(_aten.view_as_complex.default, (written,))
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
 
 
 def splice(emitter: Emitter, traced: fx.GraphModule, inputs: Sequence[Var]) -> Any:

@@ -55,7 +55,9 @@ class Outcome:
 
 def entries() -> list[Any]:
     """The operators that PyTorch says have a double backward in float64."""
-    if "expecttest" not in sys.modules and importlib.util.find_spec("expecttest") is None:  # its base class is all that is needed
+    if (
+        "expecttest" not in sys.modules and importlib.util.find_spec("expecttest") is None
+    ):  # its base class is all that is needed
         stub: Any = types.ModuleType("expecttest")
         stub.TestCase = unittest.TestCase
         sys.modules.setdefault("expecttest", stub)
@@ -117,7 +119,7 @@ def _scalar(result: Any) -> torch.Tensor:
         if not isinstance(y, torch.Tensor) or not (y.is_floating_point() or y.is_complex()):
             continue
         if y.is_complex():
-            y = torch.view_as_real(y)
+            y = torch.view_as_real(y.resolve_conj())
         total = total + torch.sin(y).sum()
     return total
 
@@ -133,12 +135,12 @@ def judge(case: Case) -> Outcome:
         return Outcome(case.name, verdict, detail, time.perf_counter() - start)
 
     rank = case.x.ndim
-    seed = torch.get_rng_state()
     try:
+        if not torch.equal(case.function(case.x).nan_to_num(), case.function(case.x).nan_to_num()):
+            return outcome("no referee", "draws random numbers")
         want = oracle.hessian(case.function, case.x, rank)
     except Exception as error:
         return outcome("no referee", _short(error))
-    torch.set_rng_state(seed)
     try:
         got = fxhess.transform(case.function, event_ndim=rank)(case.x)
     except Exception as error:
@@ -149,6 +151,9 @@ def judge(case: Case) -> Outcome:
     scale = max(1.0, float(want[finite].abs().max()) if finite.any() else 1.0)
     error = float((got - want)[finite].abs().max()) if finite.any() else 0.0
     if not error <= TOLERANCE * scale:
+        twice = oracle.differences(case.function, case.x, rank)
+        if torch.allclose(got, twice, rtol=1e-5, atol=1e-5 * scale):
+            return outcome("right", "double backward is not; central differences agree")
         return outcome("wrong", f"off by {error:.2g} where entries reach {scale:.2g}")
     return outcome("right", "" if finite.all() else "double backward is not finite")
 
