@@ -18,7 +18,7 @@ from fxhess import _torch
 from fxhess.emit import sibling
 from fxhess.errors import CaptureError
 from fxhess.kinds import Along, Call, Trailing
-from fxhess.registry import aten, composite, linear, zero
+from fxhess.registry import aten, composite, linear, substitute, zero
 from fxhess.rules.shape import event_size
 
 # --- gathering ------------------------------------------------------------------------------
@@ -83,6 +83,25 @@ def _index_select_rewrite(self: torch.Tensor, dim: int, index: torch.Tensor) -> 
     return torch.movedim(read.reshape([index.shape[0], *table.shape[1:]]), 0, dim)
 
 
+@substitute(torch.take_along_dim, torch.Tensor.take_along_dim)
+def take_along_dim(
+    input: torch.Tensor, indices: torch.Tensor, dim: int | None = None
+) -> torch.Tensor:
+    """PyTorch's own reads sizes as numbers."""
+    if dim is None:
+        return take_along_dim(input.reshape(-1), indices.reshape(-1), 0)
+    n = input.shape[dim]
+    shape = list(torch.broadcast_shapes(_without(input, dim), _without(indices, dim)))
+    own, theirs = shape.copy(), shape.copy()
+    own[dim], theirs[dim] = n, indices.shape[dim]
+    index = torch.where(indices < 0, indices + n, indices).expand(theirs)
+    return torch.gather(input.expand(own), dim, index)
+
+
+def _without(t: torch.Tensor, dim: int) -> list[Any]:
+    return [1 if axis == dim % t.ndim else n for axis, n in enumerate(t.shape)]
+
+
 def symbolic(t: torch.Tensor) -> bool:
     """Whether an axis of a tensor, at capture, is as long as the batch."""
     return any(not isinstance(n, int) for n in t.shape)
@@ -128,14 +147,14 @@ def _order(dim: Callable[[Call], int]) -> tuple[Callable[..., Any], Callable[...
 
     def pull(g: Any, c: Call) -> Any:
         (x,) = c.operands
-        index = sibling(c.y, 1)
+        index: Any = sibling(c.y, 1)
         if c.y.ndim < x.ndim:
             g, index = torch.unsqueeze(g, dim(c)), torch.unsqueeze(index, dim(c))
         return returned(g, dim(c), index, x.size(dim(c)))
 
     def push(c: Call, t: Any) -> Any:
         (x,) = c.operands
-        index = sibling(c.y, 1)
+        index: Any = sibling(c.y, 1)
         if c.y.ndim == x.ndim:
             return taken(t, dim(c), index)
         return torch.squeeze(taken(t, dim(c), torch.unsqueeze(index, dim(c))), dim(c))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from fxhess.emit import Var
 from fxhess.kinds import Equation, broadcast_equation
-from fxhess.registry import aten, composite, multilinear
+from fxhess.registry import aten, composite, multilinear, substitute
 from fxhess.rules.shape import event_size
 
 
@@ -127,11 +129,6 @@ def addbmm(
     return _added(self, beta, torch.sum(torch.bmm(batch1, batch2), 0), alpha)
 
 
-@composite(aten.ger.default)
-def outer(self: torch.Tensor, vec2: torch.Tensor) -> torch.Tensor:
-    return self[:, None] * vec2
-
-
 @composite(aten.linalg_cross.default)
 def cross(self: torch.Tensor, other: torch.Tensor, *, dim: int = -1) -> torch.Tensor:
     """Component i is ``a_(i+1) b_(i+2) - a_(i+2) b_(i+1)``, indices modulo 3."""
@@ -163,3 +160,39 @@ def pdist(self: torch.Tensor, p: float = 2) -> torch.Tensor:
     ends = torch.triu_indices(n, n, 1, device=self.device)
     difference = torch.index_select(self, 0, ends[0]) - torch.index_select(self, 0, ends[1])
     return torch.linalg.vector_norm(difference, p, -1)
+
+
+# --- functions of PyTorch that read sizes as numbers ------------------------------------------
+
+
+@substitute(F.linear)
+def affine(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    if input.ndim <= 2 or bias is None:
+        return F.linear(input, weight, bias)
+    return torch.matmul(input, weight.t()) + bias
+
+
+@substitute(torch.einsum)
+def einsum(*arguments: Any) -> torch.Tensor:
+    """From left to right: the search for a better order reads sizes, and is ours to make."""
+    with torch.backends.opt_einsum.flags(enabled=False):
+        return torch.einsum(*arguments)
+
+
+@substitute(torch.linalg.multi_dot, torch.chain_matmul)
+def multi_dot(*tensors: Any) -> torch.Tensor:
+    chain = tensors if isinstance(tensors[0], torch.Tensor) else tensors[0]
+    return functools.reduce(torch.matmul, chain)
+
+
+@substitute(torch.kron, torch.Tensor.kron)
+def kron(input: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    rank = max(input.ndim, other.ndim)
+    a = input[(None,) * (rank - input.ndim)]
+    b = other[(None,) * (rank - other.ndim)]
+    shape = [m * n for m, n in zip(a.shape, b.shape, strict=True)]
+    for axis in range(rank):
+        a, b = torch.unsqueeze(a, 2 * axis + 1), torch.unsqueeze(b, 2 * axis)
+    return (a * b).reshape(shape)

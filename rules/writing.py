@@ -161,10 +161,10 @@ def index_put(
     source = where.inward(values.to(self.dtype))
     at = where.batches
     if at:
-        write = torch.scatter_add if accumulate else torch.scatter
-        entries = write(entries, at, where.each(), source)
+        scatter = torch.scatter_add if accumulate else torch.scatter
+        entries = scatter(entries, at, where.each(), source)
     else:
-        write = torch.index_add if accumulate else torch.index_copy
+        write: Callable[..., torch.Tensor] = torch.index_add if accumulate else torch.index_copy
         entries = write(entries, 0, where.flat, source)
     return where.restore(entries)
 
@@ -221,7 +221,8 @@ def _fitted(op: Callable[..., torch.Tensor]) -> Callable[..., Any]:
 def _overwritten(c: Call, t: Any) -> Any:
     """t with zeros where the operation writes."""
     dim, index = c.args[1:3]
-    none = torch.zeros_like(c.y, dtype=torch.bool)
+    y: Any = c.y
+    none = torch.zeros_like(y, dtype=torch.bool)
     return torch.where(leading(torch.scatter(none, dim, index, True), t), 0.0, t)
 
 

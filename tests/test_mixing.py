@@ -116,3 +116,32 @@ def test_a_mask_that_selects_values_is_refused_and_one_that_sets_a_number_is_not
     with pytest.raises(CaptureError):
         fxhess.transform(writes)(x)
     assert torch.equal(fxhess.transform(sets)(x), torch.diag_embed(2.0 * (x <= 0)))
+
+
+WEIGHT = torch.linspace(-1.0, 1.0, 16, dtype=torch.float64).reshape(4, 4)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.linear(x.view(-1, 2, 2), WEIGHT[:, :2], WEIGHT[0]),
+        lambda x: torch.einsum("bi,ij,bj->b", x, WEIGHT, x),
+        lambda x: torch.linalg.multi_dot([x, WEIGHT, WEIGHT]),
+        lambda x: torch.kron(x, WEIGHT[:1]),
+        lambda x: torch.take_along_dim(x, x.argsort(1), 1),
+        lambda x: F.pad(x, (1, 1)),
+    ],
+    ids=["linear", "einsum", "multi_dot", "kron", "take_along_dim", "pad"],
+)
+@pytest.mark.parametrize("batch", [1, 2, 6])
+def test_the_batch_may_have_any_size(function, batch):
+    """Also where PyTorch's own implementation reads sizes as numbers."""
+
+    def model(x):
+        return torch.sin(function(x)).flatten(1).sum(1)
+
+    hessian = fxhess.transform(model)
+    hessian(torch.randn(3, 4, dtype=torch.float64))
+    x = torch.randn(batch, 4, dtype=torch.float64)
+    expected = torch.func.vmap(torch.func.hessian(lambda s: model(s[None])[0]))(x)
+    torch.testing.assert_close(hessian(x), expected)

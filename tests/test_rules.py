@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fxhess import registry
-from fxhess.capture import as_module, capture
+from fxhess.capture import capture
+from fxhess.closures import as_module
 from fxhess.kinds import Composite
 from fxhess.testing import Sample, check_sample
 
@@ -80,7 +81,8 @@ def _used_by(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> set[object]:
 
     table = {op: recorded(op, rewrite) for op, rewrite in registry.decompositions().items()}
     monkeypatch.setattr(registry, "decompositions", lambda: table)
-    graph = capture(as_module(sample.function), sample.draw(0), 1).graph_module.graph
+    nb = 0 if sample.batch is None else 1
+    graph = capture(as_module(sample.function), sample.draw(0), nb).graph_module.graph
     monkeypatch.undo()
     return used | {node.target for node in graph.nodes if node.op == "call_function"}
 
