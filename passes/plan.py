@@ -26,7 +26,8 @@ from fxhess.passes.differentiate import Draft, Piece
 from fxhess.passes.halves import Half
 
 STRATEGIES = ("auto", "close", "pull", "rebase")
-_WINDOW = 5  # how many candidates ahead the next base is looked for
+_WINDOW = 5  # how many candidates ahead the next base is looked for, at most
+_EFFORT = 4000  # how many values may be differentiated on scratch paper, about
 _FEW = 3  # up to so many terms, every cut between pulled and closed ones is tried
 _ALL = 1 << 30
 
@@ -111,10 +112,11 @@ class _Best:
 
 def _cheapest(canonical: Canonical, places: Sequence[fx.Node], rates: Rates) -> Plan:
     draft = Draft(canonical, ("hessian",))
-    starts = [canonical.x, *places]
+    window = _window(len(draft.path))
+    starts = [canonical.x, *_thinned(canonical, places, 2 * window + 2)]
     best: list[_Best | None] = [None] * len(starts)
     for i in reversed(range(len(starts))):
-        for j in _ends(i, len(starts)):
+        for j in _ends(i, len(starts), window):
             later = best[j] if j is not None else None
             tried = _trial(draft, starts[i], starts[j] if j is not None else None, later, rates)
             known = best[i]
@@ -129,10 +131,32 @@ def _cheapest(canonical: Canonical, places: Sequence[fx.Node], rates: Rates) -> 
     return Plan(chosen.pieces, chosen.cost + total(_since(draft, mark), rates))
 
 
-def _ends(i: int, count: int) -> Iterator[int | None]:
+def _window(values: int) -> int:
+    """How far ahead to look, so that planning stays linear in the number of values: every value
+    lies between w (w + 1) / 2 pairs of bases, and about three cuts are tried for each pair."""
+    w = _WINDOW
+    while w > 1 and values * 3 * w * (w + 1) // 2 > _EFFORT:
+        w -= 1
+    return w
+
+
+def _thinned(canonical: Canonical, places: Sequence[fx.Node], count: int) -> list[fx.Node]:
+    """At most ``count`` candidates: the narrowest, then those that lie farthest apart."""
+    if len(places) <= count:
+        return list(places)
+    size = [math.prod(canonical.event(p)) for p in places]
+    kept: list[int] = []
+    while len(kept) < count:
+        rest = [i for i in range(len(places)) if i not in kept]
+        far = {i: min(abs(i - k) for k in [*kept, -1, len(places)]) for i in rest}
+        kept.append(min(rest, key=lambda i: (size[i], -far[i], i)))
+    return [places[i] for i in sorted(kept)]
+
+
+def _ends(i: int, count: int, window: int) -> Iterator[int | None]:
     """Later bases that a piece may end at; None is the output itself."""
-    yield from range(i + 1, min(count, i + 1 + _WINDOW))
-    if i == 0 or count - i <= _WINDOW + 1:
+    yield from range(i + 1, min(count, i + 1 + window))
+    if i == 0 or count - i <= window + 1:
         yield None
 
 
