@@ -24,6 +24,7 @@ from fxhess.pipeline import Options, Program, compile_captured, key_of
 from fxhess.verify import Verification, verify
 
 OUTPUTS = ("value", "gradient", "hessian")
+_FIRST = "call it once, or hess.specialize(x), before torch.compile or torch.export"
 
 
 @cache
@@ -177,13 +178,14 @@ class HessianModule(nn.Module):
             self._specialize(x)
         return self
 
+    @torch.compiler.disable(reason=f"no program for such an x yet: {_FIRST}")
     def _specialize(self, x: torch.Tensor) -> Binding:
         self._check_input(x)
         if torch.compiler.is_compiling():
             raise InputError(
                 "this module has no program for such an x yet, and none can be made while"
                 " PyTorch traces it",
-                hint="call it once, or hess.specialize(x), before torch.compile or torch.export",
+                hint=_FIRST,
             )
         with self._lock:
             binding = self._find(x)
