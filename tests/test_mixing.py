@@ -138,7 +138,7 @@ def test_the_batch_may_have_any_size(function, batch):
     """Also where PyTorch's own implementation reads sizes as numbers."""
 
     def model(x):
-        return torch.sin(function(x)).flatten(1).sum(1)
+        return torch.sin(function(x)).unsqueeze(-1).flatten(1).sum(1)
 
     hessian = fxhess.transform(model)
     hessian(torch.randn(3, 4, dtype=torch.float64))
