@@ -47,6 +47,10 @@ class Traced:
     sizes: tuple[Any, ...]
     guards: tuple[Any, ...]
 
+    @property
+    def serves_all_sizes(self) -> bool:
+        return all(isinstance(size, sympy.Symbol) for size in self.sizes)
+
     def holds(self, shape: Sequence[int]) -> bool:
         """Whether the graph holds for an x of this shape."""
         return conditions_hold(self.symbols, self.guards, shape)
@@ -75,13 +79,22 @@ def trace(
     """Trace ``function(x, *tensors)``; see the module's docstring."""
     if not HAVE_FAKE_TENSORS:
         return trace_by_export(function, x, batch_ndim, tensors, decompositions)
+    first: Traced | None = None
+    with contextlib.suppress(RuntimeError):
+        first = _trace_fake(function, x, batch_ndim, tensors, decompositions)
+        if first.serves_all_sizes:
+            return first
+    # Some shape functions written in C++ miss symbolic sizes, or read them as numbers.  Those
+    # written in Python come second, since PyTorch's own decompositions come with them, before the
+    # rules' rewrites.
     try:
-        return _trace_fake(function, x, batch_ndim, tensors, decompositions)
-    except RuntimeError:
-        # Some shape functions written in C++ miss symbolic sizes.  Those written in Python come
-        # second, since PyTorch's own decompositions come with them, before the rules' rewrites.
         with enable_python_dispatcher():
-            return _trace_fake(function, x, batch_ndim, tensors, decompositions)
+            second = _trace_fake(function, x, batch_ndim, tensors, decompositions)
+    except RuntimeError:
+        if first is None:
+            raise
+        return first
+    return second if first is None or second.serves_all_sizes else first
 
 
 def _trace_fake(
