@@ -279,14 +279,22 @@ def is_counting(tensor: torch.Tensor) -> bool:
 
 @contextlib.contextmanager
 def plain_attention() -> Any:
-    """Inside, attention is traced in its mathematical form, which has second derivatives."""
+    """Inside, attention is traced in its mathematical form, which has second derivatives; and a
+    mask is used as it is: transformer stacks look at its values to see whether it is causal, which
+    only chooses among kernels."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    stacks = torch.nn.modules.transformer
+    detect = getattr(stacks, "_detect_is_causal_mask", None)
+    if detect is not None:
+        stacks._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
     try:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
+        if detect is not None:
+            stacks._detect_is_causal_mask = detect
 
 
 def transforming() -> bool:
