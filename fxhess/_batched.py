@@ -1,6 +1,6 @@
 """Tracing a function of tensors for all batch sizes at once.
 
-The second place that touches tracing internals of PyTorch, behind ``fxhess._torch``'s guard.
+The second place that touches tracing internals of PyTorch, with a fallback where they are gone.
 """
 
 from __future__ import annotations
@@ -19,16 +19,22 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from fxhess._torch import (
-    DimDynamic,
-    FakeTensorMode,
-    ShapeEnv,
-    StatelessSymbolicContext,
     functional,
     newest_node,
     nodes_since,
     size_expression,
     writes_in_place,
 )
+
+try:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import (
+        DimDynamic,
+        ShapeEnv,
+        StatelessSymbolicContext,
+    )
+except ImportError:  # pragma: no cover - then nothing is traced here: derivatives at run time
+    FakeTensorMode = None  # type: ignore[assignment, misc]
 
 KEPT = "kept"  # node.meta[KEPT]: a detach that the user wrote, not autograd's own
 
@@ -74,9 +80,9 @@ def trace_batched(
                 for shape, dtype in zip(shapes, dtypes, strict=True)
             ]
             with _KeepDetach():
-                graph_module = make_fx(
-                    function, tracing_mode="real", _allow_non_fake_inputs=True
-                )(*inputs)
+                graph_module = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(
+                    *inputs
+                )
             if writes_in_place(graph_module.graph):
                 graph_module = functional(graph_module, {}, (KEPT,))
             if writes_in_place(graph_module.graph):
@@ -103,7 +109,7 @@ def _trace_symbolic(
     env = ShapeEnv(duck_shape=False, specialize_zero_one=True)
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     hints = torch.empty(_UNLIKELY_SIZES[: len(symbols)], device="meta")
-    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(symbols))
+    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(symbols))
     sizes = mode.from_tensor(hints, symbolic_context=context).shape
     graph_module = traced(mode, dict(zip(symbols, sizes, strict=True)))
     own = [size_expression(n) for n in sizes]

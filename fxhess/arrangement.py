@@ -42,10 +42,9 @@ class Arrangement:
             t = t.expand([*t.shape[:lead], *(sizes[k] for k in present), *self.event])
         order = list(range(lead))
         at = lead + len(present)
-        for group in self.groups:
-            for k, _ in group:
-                order.append(at if k is None else lead + present.index(k))
-                at += k is None
+        for b in (b for group in self.groups for b, _ in group):
+            order.append(at if b is None else lead + present.index(b))
+            at += b is None
         if order != sorted(order):
             t = t.permute(order)
         if any(len(group) != 1 for group in self.groups):

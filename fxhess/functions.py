@@ -1,9 +1,9 @@
 """Custom ``torch.autograd.Function`` s, captured whole so that their own derivatives are used.
 
-A trace would record what is inside of ``forward`` and silently ignore the user's ``backward``.  Inside
-:func:`whole_functions`, ``Function.apply`` is recorded as one node of the operator
-``fxhess::function(Tensor[] tensors, int token) -> Tensor[]`` instead; ``call_of(token)`` tells which
-function it is, with which other arguments.
+A trace would record what is inside of ``forward`` and silently ignore the user's ``backward``.
+Inside :func:`whole_functions`, ``Function.apply`` is recorded as one node of the operator
+``fxhess::function(Tensor[] tensors, int token) -> Tensor[]`` instead; ``call_of(token)`` tells
+which function it is, with which other arguments.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _local = threading.local()
 
 
 class FunctionCall:
-    """``cls.apply`` with all arguments but the tensors fixed; gives its tensor results, in order."""
+    """``cls.apply`` with all arguments but the tensors fixed; gives its tensors, in order."""
 
     def __init__(self, cls: type[Function], arguments: Sequence[Any], spec: Any) -> None:
         self.cls = cls
@@ -53,7 +53,10 @@ class FunctionCall:
         if self.results is None:
             rest = [None if isinstance(v, torch.Tensor) else v for v in values]
             self.results = (
-                [_Slot() if isinstance(v, torch.Tensor) else r for v, r in zip(values, rest, strict=True)],
+                [
+                    _Slot() if isinstance(v, torch.Tensor) else r
+                    for v, r in zip(values, rest, strict=True)
+                ],
                 spec,
             )
         return [v for v in values if isinstance(v, torch.Tensor)]
@@ -148,7 +151,9 @@ def _by_running(call: FunctionCall, tensors: list[torch.Tensor]) -> list[torch.T
 
     sizes: list[Any] = []
     for t in tensors:
-        sizes += [s for s in t.shape if isinstance(s, torch.SymInt) and not any(s is o for o in sizes)]
+        sizes += [
+            s for s in t.shape if isinstance(s, torch.SymInt) and not any(s is o for o in sizes)
+        ]
 
     def shapes(scale: int) -> list[tuple[list[int], torch.dtype]]:
         with _disable_current_modes():
@@ -162,13 +167,15 @@ def _by_running(call: FunctionCall, tensors: list[torch.Tensor]) -> list[torch.T
         two, three = shapes(2), shapes(3)
     except Exception:
         return None
-    symbol = sizes[0] if sizes else None
+    symbol: Any = sizes[0] if sizes else 1
     like = tensors[0]
     results = []
     for (a, dtype), (b, _) in zip(two, three, strict=True):
-        shape = [p if p == q else (symbol * (p // 2) if p * 3 == q * 2 else None) for p, q in zip(a, b, strict=True)]
-        if any(s is None for s in shape):
-            return None
+        shape: list[Any] = []
+        for p, q in zip(a, b, strict=True):
+            if p != q and p * 3 != q * 2:
+                return None  # not a multiple of the batch size
+            shape.append(p if p == q else symbol * (p // 2))
         results.append(like.new_empty(shape, dtype=dtype))
     return results
 

@@ -3,8 +3,8 @@
 *Needs* captured operations (one, or several that hang together through complex numbers).  *Gives*
 canonical values of kind smooth, linear or zero, made of plain operations::
 
-    det: [s, 3, 3] -> [s]        ==>        _linalg_det of x: [B, 3, 3], with
-                                            pull(g) = det's vjp, push = its vjp, curve = the vjp's vjp
+    inv: [s, 3, 3]        ==>        linalg_inv_ex of [B, 3, 3], with pull = its vjp,
+                                     push = the vjp of that, curve = the vjp's vjp along t
 
 Which axes of the results are the batch is read off their symbolic sizes; that samples stay apart is
 tried on the model's own values: the operation of one sample must give that sample of the operation.

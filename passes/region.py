@@ -48,7 +48,10 @@ class Region:
             node
             for node in nodes
             if isinstance(node.meta.get("val"), torch.Tensor)
-            and (node is captured.output or any(user in needed and user not in inside for user in node.users))
+            and (
+                node is captured.output
+                or any(user in needed and user not in inside for user in node.users)
+            )
         ]
         first = next((n for n in nodes if n.meta.get(ORIGIN)), nodes[0])
         origin = first.meta.get(ORIGIN) or Origin(str(first.target))

@@ -1,4 +1,4 @@
-"""Matrices: what can be said in products.  The rest of linear algebra has PyTorch's own derivatives."""
+"""Matrices: what can be said in products.  The rest has PyTorch's own derivatives."""
 
 from __future__ import annotations
 

@@ -60,7 +60,8 @@ USES = [
     Use("rfft, irfft", lambda x: torch.fft.irfft(torch.fft.rfft(x).square(), n=4), (4,)),
     Use("complex weights", lambda x: (x.to(torch.complex128) @ COMPLEX).abs()),
     Use("grid_sample", lambda x: F.grid_sample(
-        IMAGE.expand(x.shape[0], 2, 4, 4), x.reshape(-1, 3, 1, 2).tanh() / 2, align_corners=False), (6,)),
+        IMAGE.expand(x.shape[0], 2, 4, 4), x.reshape(-1, 3, 1, 2).tanh() / 2, align_corners=False
+    ), (6,)),
     Use("two results", lambda x: linalg.qr(x).Q @ linalg.eigh(x + x.mT).eigenvectors.square()),
     Use("merged batch", lambda x: linalg.det(x.reshape(-1, 2, 2)).reshape(x.shape[0], 2), (8,)),
 ]  # fmt: skip
