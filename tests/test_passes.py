@@ -164,6 +164,27 @@ def test_canonical_graph_computes_the_model(name):
 def test_views_leave_no_operation():
     model = lambda x: torch.sin(x.view(-1, 4)).view(-1, 12).view(-1, 3, 4).sum((1, 2))  # noqa: E731
     got = canonical(model, randn(5, 3, 4), 2)
+    operators = [fact(n).operator for n in got.nodes() if n.op == "call_function" and fact(n)]
+    assert operators == [aten.sin.default, evaluate]
+
+
+def test_activity_ends_where_derivatives_end():
+    model = lambda x: (x.detach().exp() * x + (x > 0) * 2.0 + x.round()).sum(-1)  # noqa: E731
+    active = {
+        str(fact(n).operator): is_active(n)
+        for n in canonical(model, randn(5, 4)).nodes()
+        if n.op == "call_function" and fact(n)
+    }
+    assert not active["aten.exp.default"] and not active["aten.round.default"]
+    assert not active["aten.gt.Scalar"]
+    assert any(active.values())
+
+
+def test_bases_are_narrow_and_on_every_path():
+    deep = canonical(mlp(6, 9, 2, 9, 1), randn(5, 6))
+    widths = [math.prod(deep.event(n)) for n in candidates(deep)]
+    assert 2 in widths and all(w <= 9 for w in widths)
+    skip = canonical(lambda x: (torch.tanh(x @ W) ** 2).sum(-1) + x.exp().sum(-1), randn(5, 4))
     assert all(math.prod(skip.event(n)) == 1 for n in candidates(skip))
 
 
