@@ -270,7 +270,7 @@ def is_counting(tensor: torch.Tensor) -> bool:
         if name == "arange":
             start = 0 if overload == "default" else node.args[0]
             step = node.args[2] if overload == "start_step" and len(node.args) > 2 else 1
-            return start == 0 and step == 1
+            return bool(start == 0 and step == 1)
         if name not in _RENAMING:
             return False
         node = node.args[0]
