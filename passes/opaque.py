@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -44,7 +45,12 @@ class Opaque:
         self.captured = captured
         self.layouts = layouts
         self.strict = fallback == "error"
-        self.probe = Probe(captured, x)
+        self._x = x
+
+    @cached_property
+    def probe(self) -> Probe:
+        """Made for the first operation that needs one: most models have none."""
+        return Probe(self.captured, self._x)
 
     def rewrite(
         self, nodes: Sequence[fx.Node], values: Mapping[fx.Node, Any]
