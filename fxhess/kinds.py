@@ -31,11 +31,12 @@ class Along:
     """Mixes positions along the axes named by argument ``dim`` (an int or a list); every other
     axis is passed through.  ``aligned``: further tensor arguments of the same rank, whose other
     axes correspond one to one (an index, a source).  Tensor arguments that are not named in
-    ``aligned`` (and are not the first tensor argument) are passed as they are and must not
-    depend on x."""
+    ``aligned`` are passed as they are and must not depend on x; except the one whose axes these
+    are: the one named by ``of``, or the first tensor argument."""
 
     dim: str = "dim"
     aligned: tuple[str, ...] = ()
+    of: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Trailing:
 
     rank: int | Callable[[Mapping[str, Any]], int]
     aligned: tuple[str, ...] = ()
+    of: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,10 @@ Partial: TypeAlias = float | int | Callable[..., Any]
 
 @dataclass(frozen=True)
 class Zero:
-    """No derivative flows through (comparisons, indices, rounding, ``detach``)."""
+    """No derivative flows through (comparisons, indices, rounding, ``detach``).  ``constant``: nor
+    does a value; only shape and type are taken (``ones_like``)."""
+
+    constant: bool = False
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,8 @@ elementwise(aten.frac.default, 1)
 def _without_format(self: torch.Tensor, **options: Any) -> Any:
     """A cast to integers ends the derivative; a memory format means nothing to canonical axes."""
     dtype = options.get("dtype")
-    if self.is_floating_point() and dtype is not None and not dtype.is_floating_point:
+    number = dtype is None or dtype.is_floating_point or dtype.is_complex
+    if self.is_floating_point() and not number:
         return torch.ops.prims.convert_element_type.default(self, dtype)
     if options.pop("memory_format", None) is not None:
         return torch.ops.aten._to_copy.default(self, **options)
