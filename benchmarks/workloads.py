@@ -34,9 +34,12 @@ class Workload:
         return torch.Size(self.shape[1:]).numel()
 
     def make_model(self, device: str) -> nn.Module:
-        """The model with its own reproducible weights, float32, in evaluation mode."""
+        """The model with its own reproducible weights, float32, in evaluation mode.
+
+        Its weights are frozen: a Hessian is wanted, no gradient through it, of every rival.
+        """
         torch.manual_seed(0)
-        return self.model().to(device).eval()
+        return self.model().to(device).eval().requires_grad_(False)
 
     def make_x(self, seed: int, device: str) -> Tensor:
         """Fresh data, the same for the same seed."""
