@@ -10,6 +10,7 @@ import torch
 
 from fxhess.kinds import Along, Call, Equation
 from fxhess.registry import aten, composite, linear, multilinear, zero
+from fxhess.rules.shape import event_size
 
 Dims = int | Sequence[int] | None
 
@@ -284,7 +285,7 @@ def prod_dim(
     x = _numeric(self, dtype)
     if not x.ndim:
         return x.clone()
-    n = x.shape[dim]
+    n = event_size(x.shape[dim])
     if n == 0:
         return torch.sum(x, [dim], keepdim) + 1
     while n > 1:
@@ -306,7 +307,7 @@ def cumprod(self: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -
     x = _numeric(self, dtype)
     if not x.ndim:
         return x.clone()
-    n, done = x.shape[dim], 1
+    n, done = event_size(x.shape[dim]), 1
     while done < n:
         head = torch.narrow(x, dim, 0, done)
         tail = torch.narrow(x, dim, done, n - done) * torch.narrow(x, dim, 0, n - done)
