@@ -3,7 +3,7 @@ each tile writing into its rows of one preallocated result."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,19 +32,16 @@ class Hoisted:
     """
 
     def __init__(self) -> None:
-        self.values: Any = None
-        self._copies: list[torch.Tensor] = []
+        # Copies and values as one object, replaced at once: other threads see both or neither.
+        self._kept: tuple[list[torch.Tensor], Any] | None = None
 
-    def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
-        return (
-            self.values is not None
-            and len(tensors) == len(self._copies)
-            and all(torch.equal(t, c) for t, c in zip(tensors, self._copies, strict=True))
-        )
-
-    def keep(self, tensors: Sequence[torch.Tensor], values: Any) -> None:
-        self._copies = [t.clone() for t in tensors]
-        self.values = values
+    def get(self, tensors: Sequence[torch.Tensor], make: Callable[..., Any]) -> Any:
+        """``make(*tensors)``, or what it gave when the tensors were the same."""
+        kept = self._kept
+        if kept is None or not all(map(torch.equal, tensors, kept[0])):
+            copies = [t.clone() for t in tensors]
+            kept = self._kept = (copies, make(*copies))
+        return kept[1]
 
 
 @dataclass
@@ -133,9 +130,7 @@ class Execution:
         small = self.prologue_flops < _WORTH_KEEPING * entries
         if memory is None or small or not self.tiled:
             return self.prologue.forward(*tensors)
-        if not memory.holds(tensors):
-            memory.keep(tensors, self.prologue.forward(*tensors))
-        return memory.values
+        return memory.get(tensors, self.prologue.forward)
 
     def _tile(self, x: torch.Tensor, batch_ndim: int) -> int:
         """How many entries of the first batch axis make one tile."""
