@@ -61,7 +61,7 @@ def _chunks(x):
 
 def _batch_size_as_number(x):
     size = x.shape[0]
-    return (x * size / (size + 0.0)).exp().sum(-1) + size - size**2 / size
+    return (x * size / (size + 0.0)).exp().sum(-1) + size - size * 1.0
 
 
 MODELS = {  # name: model, event shape
@@ -90,7 +90,7 @@ def test_model(name, size):
     check(model, randn(size, *event, seed=size), len(event))
 
 
-@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (2, 1, 3), (1, 2, 1, 2), (2,) * 10])
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (2, 1, 3), (1, 2, 1, 1, 2, 1)])
 def test_any_number_of_batch_axes(batch):
     check(mlp(3, 5, 1), randn(*batch, 3))
     check(lambda x: torch.softmax(x @ V, -1)[..., 0], randn(*batch, 4))
@@ -147,7 +147,7 @@ SUMS = {
     "weighted": lambda x: (torch.sin(x).sum(-1) * 3).sum() / 7 - 1,
     "tensordot": lambda x: 0.5 * torch.tensordot(x, x @ Q, dims=2),
     "einsum": lambda x: torch.einsum("bi,bj,ij->", x.sin(), x.cos(), Q),
-    "mse": lambda x: F.mse_loss(torch.tanh(x @ W).sum(-1), torch.zeros(())),
+    "mse": lambda x: F.mse_loss(torch.tanh(x @ W).sum(-1), x.new_zeros(x.shape[0])),
     "a sum of sums": lambda x: x.exp().sum() + x.sin().sum(0).sum(),
     "dot": lambda x: torch.dot(x.reshape(-1), x.exp().reshape(-1)),
     "linear after it": lambda x: -(2 * x.pow(3).sum(0) + 1) @ V[0],

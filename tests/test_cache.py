@@ -158,6 +158,30 @@ def test_threads_call_one_transform():
         assert_close(results[i], oracle.hessian(model, x))
 
 
+def test_threads_see_the_weights_of_their_time():
+    """Work on the weights alone is kept between calls: never an outdated one, in any thread."""
+    model = mlp(20, 64, 64, 1)
+    hess = fxhess.transform(model, example=randn(2, 20))
+    x, failures = randn(4, 20), []
+
+    def work(want):
+        with torch.no_grad():
+            for _ in range(20):
+                if (hess(x) - want).abs().max() > 1e-9:
+                    failures.append("outdated")
+
+    for seed in range(4):
+        with torch.no_grad():
+            model[0].weight.copy_(randn(64, 20, seed=seed))
+        want = oracle.hessian(model, x)
+        threads = [threading.Thread(target=work, args=(want,)) for _ in range(4)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+    assert not failures
+
+
 def test_many_transforms_of_one_structure_do_not_grow_anything():
     x = randn(2, 3)
 

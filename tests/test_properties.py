@@ -16,14 +16,14 @@ def _inputs(recipe, batch, seed=0):
     return randn(*batch, *recipe.event, seed=seed)
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(cases(), st.integers(0, 99))
 def test_all_outputs_are_those_of_double_backward(case, seed):
     recipe, batch = case
     check(Network(recipe), _inputs(recipe, batch, seed), len(recipe.event))
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(cases(tuple(SMOOTH), max_batch=2))
 def test_hessian_is_that_of_central_differences(case):
     recipe, batch = case
@@ -34,7 +34,7 @@ def test_hessian_is_that_of_central_differences(case):
         assert_close(got, oracle.differences(network, x, n, step=1e-3), 1e-3)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(cases())
 def test_strategies_agree(case):
     recipe, batch = case
@@ -47,7 +47,7 @@ def test_strategies_agree(case):
         assert_close(getattr(rebase, name), getattr(close, name), what=name)
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(recipes(), st.lists(st.integers(0, 5), min_size=3, max_size=3))
 def test_one_program_serves_every_batch_size(recipe, sizes):
     network, n = Network(recipe), len(recipe.event)
@@ -62,7 +62,7 @@ def test_one_program_serves_every_batch_size(recipe, sizes):
     assert fxhess.cache_info().misses <= before + 1
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(cases(max_batch=3))
 def test_outputs_do_not_depend_on_what_else_is_asked_for(case):
     recipe, batch = case
