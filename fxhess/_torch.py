@@ -33,6 +33,14 @@ except ImportError:  # pragma: no cover - a future PyTorch that moved them
     HAVE_FAKE_TENSORS = False
 
 
+try:
+    from torch._functorch.eager_transforms import (
+        enable_inplace_requires_grad as _requires_grad_allowed,
+    )
+except ImportError:  # pragma: no cover - a future PyTorch that moved it
+    _requires_grad_allowed = contextlib.nullcontext
+
+
 @dataclass
 class Traced:
     """A functional graph with placeholders x, then the tensors in the order given.
@@ -275,6 +283,39 @@ def is_counting(tensor: torch.Tensor) -> bool:
             return False
         node = node.args[0]
     return False
+
+
+def with_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with autograd at work inside, for models that call ``torch.autograd.grad`` or
+    ``requires_grad_`` themselves; what they compute with it is traced as well."""
+
+    def run(x: torch.Tensor, *tensors: torch.Tensor) -> Any:
+        def inner(x: torch.Tensor) -> Any:
+            with _requires_grad_allowed(True):
+                return function(x, *tensors)
+
+        return torch.func.vjp(inner, x)[0]
+
+    return run
+
+
+@contextlib.contextmanager
+def exporting() -> Iterator[None]:
+    """Inside, ``torch.compiler.is_exporting()`` is true: code that then avoids branches on values
+    (as that of Hugging Face's models) does so.  Nor do distributions look at the values of their
+    arguments, unless told to one by one."""
+    checked = torch.distributions.Distribution._validate_args
+    torch.distributions.Distribution.set_default_validate_args(False)
+    names = [n for n in ("_is_compiling_flag", "_is_exporting_flag") if hasattr(torch.compiler, n)]
+    before = [getattr(torch.compiler, n) for n in names]
+    for name in names:
+        setattr(torch.compiler, name, True)
+    try:
+        yield
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(checked)
+        for name, flag in zip(names, before, strict=True):
+            setattr(torch.compiler, name, flag)
 
 
 @contextlib.contextmanager

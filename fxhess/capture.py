@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import linecache
 import os
+import re
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -143,8 +144,7 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int) -> Captured:
         CaptureError: PyTorch cannot trace the model, the model branches on values of tensors, or
             it does not return one tensor.
     """
-    named: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    named.update(model.named_buffers(remove_duplicate=False))
+    named = _own_tensors(model)
     names = list(named)
 
     open_modules: list[tuple[str, fx.Node | None]] = []
@@ -161,11 +161,23 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int) -> Captured:
     rewrites = {
         op: _located(op, rewrite, open_modules) for op, rewrite in registry.decompositions().items()
     }
-    with _capturing, _torch.plain_attention(), torch.enable_grad(), whole_functions():
-        traced, failure = None, None
+    with (
+        _capturing,
+        _torch.plain_attention(),
+        _torch.exporting(),
+        torch.enable_grad(),
+        whole_functions(),
+    ):
+        traced, failure, run = None, None, function
         for example in _examples(x, batch_ndim):
             try:
-                found = _torch.trace(function, example, batch_ndim, tensors, rewrites)
+                try:
+                    found = _torch.trace(run, example, batch_ndim, tensors, rewrites)
+                except RuntimeError as error:
+                    if run is not function or not _WANTS_AUTOGRAD.search(str(error)):
+                        raise
+                    run = _torch.with_autograd(function)
+                    found = _torch.trace(run, example, batch_ndim, tensors, rewrites)
             except FxhessError:
                 raise
             except Exception as error:
@@ -191,9 +203,23 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int) -> Captured:
     )
 
 
+def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters, then buffers, by name; of a module that is used under several names, once: it
+    holds one value at a time."""
+    named: dict[str, torch.Tensor] = {}
+    for kind in (nn.Module.named_parameters, nn.Module.named_buffers):
+        for path, module in model.named_modules():
+            prefix = f"{path}." if path else ""
+            for name, tensor in kind(module, recurse=False, remove_duplicate=False):
+                named[prefix + name] = tensor
+    return named
+
+
 # Batch sizes to trace with: they coincide with no other size of a model, so that no condition on
 # the batch size is recorded by accident.
 _UNLIKELY = (1009, 1013, 1019, 1021)
+# What PyTorch says where a model differentiates inside itself and autograd records nothing.
+_WANTS_AUTOGRAD = re.compile("does not require grad|requires_grad_")
 
 
 def _examples(x: torch.Tensor, batch_ndim: int) -> Iterator[torch.Tensor]:

@@ -106,10 +106,7 @@ Partial: TypeAlias = float | int | Callable[..., Any]
 
 @dataclass(frozen=True)
 class Zero:
-    """No derivative flows through (comparisons, indices, rounding, ``detach``).  ``constant``: nor
-    does a value; only shape and type are taken (``ones_like``)."""
-
-    constant: bool = False
+    """No derivative flows through (comparisons, indices, rounding, ``detach``)."""
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,29 @@ def _embedding_rewrite(
 
 zero(aten.embedding.default, Trailing(0, of="indices"), rewrite=_embedding_rewrite)
 zero(aten.bucketize.Tensor, Trailing(0))
-zero(aten.searchsorted.Tensor, Trailing(0, of="self"))
+
+
+def _searchsorted_rewrite(
+    sorted_sequence: torch.Tensor,
+    self: torch.Tensor,
+    *,
+    out_int32: bool = False,
+    right: bool = False,
+    side: str | None = None,
+    sorter: torch.Tensor | None = None,
+) -> Any:
+    """In a sequence for each row, by counting."""
+    if sorted_sequence.ndim < 2:
+        return NotImplemented
+    if sorter is not None:
+        sorted_sequence = torch.gather(sorted_sequence, -1, sorter)
+    edges, at = torch.unsqueeze(sorted_sequence, -2), torch.unsqueeze(self, -1)
+    after = edges > at if right or side == "right" else edges >= at
+    dtype = torch.int32 if out_int32 else torch.int64
+    return torch.sum(torch.logical_not(after), -1, dtype=dtype)
+
+
+zero(aten.searchsorted.Tensor, Trailing(0, of="self"), rewrite=_searchsorted_rewrite)
 
 # --- order ----------------------------------------------------------------------------------
 

@@ -36,7 +36,12 @@ def _slice_scatter_rewrite(
     end: int | None = None,
     step: int = 1,
 ) -> Any:
-    """Writing all of an axis, of the batch too, leaves nothing of what was there."""
+    """Writing all of an axis, of the batch too, leaves nothing of what was there.  PyTorch cannot
+    differentiate writing complex numbers, but pairs of real ones."""
+    if self.is_complex():
+        pairs, parts = torch.view_as_real(self), torch.view_as_real(src.to(self.dtype))
+        written = torch.slice_scatter(pairs, parts, dim % self.ndim, start, end, step)
+        return torch.view_as_complex(written)
     shape = list(self.shape)
     if whole(shape[dim], start, end, step):
         return copy(self, src)

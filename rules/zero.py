@@ -67,9 +67,6 @@ for _op in (aten.div.Tensor_mode, aten.div.Scalar_mode):
 
 for _op in (
     aten.detach.default,
-    aten.zeros_like.default,
-    aten.ones_like.default,
-    aten.full_like.default,
     aten.empty_like.default,
     aten.rand_like.default,
     aten.randn_like.default,
@@ -83,6 +80,22 @@ for _op in (
 
 def _like(self: torch.Tensor, dtype: Any, device: Any) -> dict[str, Any]:
     return {"dtype": dtype or self.dtype, "device": device or self.device}
+
+
+# Of one number, also a sum over the batch (the seed of a backward pass in the model), a constant.
+
+
+def _full_number(
+    self: torch.Tensor, fill_value: Any, *, dtype: Any = None, device: Any = None, **_: Any
+) -> Any:
+    if self.ndim or isinstance(fill_value, torch.Tensor):
+        return NotImplemented
+    return torch.full((), fill_value, **_like(self, dtype, device))
+
+
+zero(aten.full_like.default, rewrite=_full_number)
+zero(aten.zeros_like.default, rewrite=lambda self, **given: _full_number(self, 0, **given))
+zero(aten.ones_like.default, rewrite=lambda self, **given: _full_number(self, 1, **given))
 
 
 @composite(aten.new_zeros.default)
