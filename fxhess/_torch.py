@@ -38,7 +38,7 @@ try:
         enable_inplace_requires_grad as _requires_grad_allowed,
     )
 except ImportError:  # pragma: no cover - a future PyTorch that moved it
-    _requires_grad_allowed = contextlib.nullcontext
+    _requires_grad_allowed = contextlib.nullcontext  # type: ignore[assignment]
 
 
 @dataclass
@@ -223,7 +223,7 @@ def trace_by_export(
         def forward(self, x: torch.Tensor, tensors: list[torch.Tensor]) -> Any:
             return function(x, *tensors)
 
-    dims = {i: torch.export.Dim.AUTO for i in range(batch_ndim)}
+    dims = dict.fromkeys(range(batch_ndim), torch.export.Dim.AUTO)
     exported = torch.export.export(
         Holder(), (x, list(tensors)), dynamic_shapes=(dims, [None] * len(tensors)), strict=False
     ).run_decompositions(dict(decompositions))
@@ -367,3 +367,13 @@ def onednn_linear(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if _onednn_linear is not None and rows.device.type == "cpu":
         return _onednn_linear(rows, weight)
     return torch.nn.functional.linear(rows, weight)
+
+
+def outside_of_modes() -> contextlib.AbstractContextManager[Any]:
+    """Inside, no tracing mode sees what is computed; where PyTorch has none such, nothing changes
+    and what needs it is not traced."""
+    try:
+        from torch.utils._python_dispatch import _disable_current_modes
+    except ImportError:  # pragma: no cover - a future PyTorch that moved it
+        return contextlib.nullcontext()
+    return _disable_current_modes()

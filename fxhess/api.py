@@ -10,7 +10,7 @@ from torch import nn
 
 from fxhess.errors import InputError
 from fxhess.module import OUTPUTS, HessianModule
-from fxhess.pipeline import STRATEGIES
+from fxhess.passes.plan import STRATEGIES
 
 
 def transform(

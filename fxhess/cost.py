@@ -75,9 +75,7 @@ def seconds(node: fx.Node, rates: Rates) -> float:
     if name in _VIEWS:
         return rates.launch / 3
     size = value.element_size()
-    operands = [
-        v for n in node.all_input_nodes if isinstance(v := n.meta.get(VAL), torch.Tensor)
-    ]
+    operands = [v for n in node.all_input_nodes if isinstance(v := n.meta.get(VAL), torch.Tensor)]
     moved = value.numel() * size + sum(v.numel() * v.element_size() * _stride(v) for v in operands)
     if name in ("matmul", "mm", "bmm", "linear", "convolution"):
         shapes = [n.meta[VAL].ndim for n in node.all_input_nodes[:2]]

@@ -29,8 +29,8 @@ class Fact:
     ``axes``: for each operand, for each of its event axes, the event axis of the result that it
     becomes, or None where positions along it are mixed; ``operator``, ``args``, ``kwargs``: the
     operation's own, canonical, as rule functions see them; ``mixed``: how many trailing axes a
-    rule with ``fold`` needs behind its one leading axis; ``active``: whether a derivative with respect to
-    x flows through.
+    rule with ``fold`` needs behind its one leading axis; ``active``: whether a derivative with
+    respect to x flows through.
     """
 
     kind: Kind

@@ -18,6 +18,8 @@ from torch import fx
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fxhess import _torch
+
 _library = torch.library.Library("fxhess", "DEF")
 _library.define("function(Tensor[] tensors, int token) -> Tensor[]")
 
@@ -147,7 +149,6 @@ def _fake(tensors: list[torch.Tensor], token: int) -> list[torch.Tensor]:
 def _by_running(call: FunctionCall, tensors: list[torch.Tensor]) -> list[torch.Tensor] | None:
     """Shapes of the results of a function that only real tensors can go through (NumPy inside):
     found by running it on ones, at several batch sizes."""
-    from torch.utils._python_dispatch import _disable_current_modes
 
     sizes: list[Any] = []
     for t in tensors:
@@ -156,7 +157,7 @@ def _by_running(call: FunctionCall, tensors: list[torch.Tensor]) -> list[torch.T
         ]
 
     def shapes(scale: int) -> list[tuple[list[int], torch.dtype]]:
-        with _disable_current_modes():
+        with _torch.outside_of_modes():
             real = []
             for t in tensors:
                 shape = [scale if isinstance(s, torch.SymInt) else s for s in t.shape]

@@ -25,7 +25,6 @@ from fxhess.passes.check import check_canonical, check_graph
 from fxhess.passes.differentiate import Term, differentiate
 from fxhess.passes.fuse import fuse, fusible
 from fxhess.passes.lower import lower
-from fxhess.passes.plan import STRATEGIES  # noqa: F401  (what transform accepts)
 from fxhess.passes.plan import plan as make_plan
 from fxhess.passes.simplify import simplify
 from fxhess.registry import version

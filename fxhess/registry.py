@@ -153,9 +153,7 @@ def multilinear(
     rewrite: Callable[..., Any] | None = None,
 ) -> Rule:
     """An operation that an einsum equation describes wholly."""
-    return register_rule(
-        Rule(op, kinds.Einsum(equation), kinds.Multilinear(), rewrite=rewrite)
-    )
+    return register_rule(Rule(op, kinds.Einsum(equation), kinds.Multilinear(), rewrite=rewrite))
 
 
 def linear(

@@ -77,9 +77,7 @@ def models(sample: Sample, seed: int) -> Iterator[tuple[str, Callable[..., Any]]
     if sample.twice:
         yield (
             "after a dense layer",
-            lambda x: total(
-                sample.function((torch.tanh(x.flatten(nb)) @ mix).reshape(x.shape))
-            ),
+            lambda x: total(sample.function((torch.tanh(x.flatten(nb)) @ mix).reshape(x.shape))),
         )
 
 
@@ -95,14 +93,14 @@ def check_sample(sample: Sample, seed: int = 0) -> None:
     x = sample.draw(seed)
     event_ndim = len(sample.event)
     plain = replace(sample, function=sample.reference or sample.function)
-    for (name, model), (_, referee) in zip(
-        models(sample, seed), models(plain, seed), strict=True
-    ):
+    for (name, model), (_, referee) in zip(models(sample, seed), models(plain, seed), strict=True):
         got = transform(model, ("value", "gradient", "hessian"), event_ndim=event_ndim)(x)
         label = f"{sample.name} ({name})"
         _compare(f"{label}: value", got.value, referee(x), sample.tolerance)
         _compare(
-            f"{label}: gradient", got.gradient, oracle.gradient(referee, x, event_ndim),
+            f"{label}: gradient",
+            got.gradient,
+            oracle.gradient(referee, x, event_ndim),
             sample.tolerance,
         )
         expected = oracle.hessian(referee, x, event_ndim)
