@@ -50,6 +50,13 @@ _OP, _LINE, _PATH = "operator", "line", "module path"
 _capturing = threading.RLock()  # tracing switches process-wide settings of PyTorch
 
 
+def tracing_elsewhere() -> bool:
+    """Whether this thread is being traced by somebody else (``torch.compile``, ``torch.export``).
+    While a model is captured, all threads seem to be: this waits until none is."""
+    with _capturing:
+        return torch.compiler.is_compiling()
+
+
 @dataclass(frozen=True)
 class Source:
     """Where an input of the graph is read: a dotted path of attributes below the model, or, for

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from fxhess import _torch
 from fxhess.cache import programs
-from fxhess.capture import Source, capture
+from fxhess.capture import tracing_elsewhere, Source, capture
 from fxhess.closures import FunctionModule, as_module
 from fxhess.errors import CaptureError, InputError
 from fxhess.execute import Hoisted, run_whole
@@ -181,7 +181,7 @@ class HessianModule(nn.Module):
     @torch.compiler.disable(reason=f"no program for such an x yet: {_FIRST}")
     def _specialize(self, x: torch.Tensor) -> Binding:
         self._check_input(x)
-        if torch.compiler.is_compiling():
+        if tracing_elsewhere():
             raise InputError(
                 "this module has no program for such an x yet, and none can be made while"
                 " PyTorch traces it",

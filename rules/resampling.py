@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fxhess.registry import aten, composite
+from fxhess.registry import aten, composite, substitute
 
 Ints = Sequence[int]
 Taps = list[tuple[int, float]]  # (index, weight) of the entries that make one new entry
@@ -98,7 +98,7 @@ def _interpolated(
         for k, weight in taps(i, n, scale, align):
             matrix[k][i] += weight
     constant = torch.tensor(matrix, dtype=x.dtype, device=x.device)
-    return torch.movedim(torch.tensordot(x, constant, ([dim], [0])), -1, dim)
+    return torch.movedim(torch.matmul(torch.movedim(x, dim, -1), constant), -1, dim)
 
 
 def _nearest(
@@ -259,3 +259,46 @@ def grid_sampler(
         term = torch.where(valid, value, 0.0)
         total = term if total is None else total + term
     return total
+
+
+# --- sizes from scales --------------------------------------------------------------------------
+
+_OPERATORS = {
+    ("nearest", 1): aten.upsample_nearest1d.default,
+    ("nearest", 2): aten.upsample_nearest2d.default,
+    ("nearest", 3): aten.upsample_nearest3d.default,
+    ("nearest-exact", 1): aten._upsample_nearest_exact1d.default,
+    ("nearest-exact", 2): aten._upsample_nearest_exact2d.default,
+    ("nearest-exact", 3): aten._upsample_nearest_exact3d.default,
+    ("linear", 1): aten.upsample_linear1d.default,
+    ("bilinear", 2): aten.upsample_bilinear2d.default,
+    ("trilinear", 3): aten.upsample_trilinear3d.default,
+    ("bicubic", 2): aten.upsample_bicubic2d.default,
+}
+
+
+@substitute(torch.nn.functional.interpolate)
+def interpolate(
+    input: torch.Tensor,
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+) -> torch.Tensor:
+    """PyTorch finds the size that a scale asks for by reading all sizes as numbers, the batch's
+    too; and its own rewriting of that call is off by a rounding.  So the size is found here."""
+    rank = input.ndim - 2
+    operator = _OPERATORS.get((mode, rank))
+    if size is not None or scale_factor is None or recompute_scale_factor or antialias:
+        operator = None
+    if operator is None:
+        return torch.nn.functional.interpolate(
+            input, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias
+        )
+    many = isinstance(scale_factor, (list, tuple))
+    scales = [float(s) for s in (scale_factor if many else [scale_factor] * rank)]
+    sizes = [int(n * s) for n, s in zip(input.shape[2:], scales, strict=True)]
+    align = [] if mode.startswith("nearest") else [bool(align_corners)]
+    return operator(input, sizes, *align, *scales)  # type: ignore[no-any-return]
