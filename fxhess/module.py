@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from fxhess import _torch
 from fxhess.cache import programs
-from fxhess.capture import tracing_elsewhere, Source, capture
+from fxhess.capture import Source, capture, tracing_elsewhere
 from fxhess.closures import FunctionModule, as_module
 from fxhess.errors import CaptureError, InputError
 from fxhess.execute import Hoisted, run_whole
