@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from reference import assert_close, randn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 import fxhess
 from fxhess import oracle
 from fxhess.errors import InputError, SampleMixingError, UnsupportedOpError
-from tests.reference import assert_close, randn
 
 linalg, special = torch.linalg, torch.special
 MATRIX = randn(3, 3, seed=7)
