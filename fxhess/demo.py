@@ -122,7 +122,7 @@ def iris_case(device: str) -> Case:
         f"iris: 150 flowers, 4 lengths in cm; a 4-16-3 tanh classifier trained here for a moment "
         f"({accuracy:.0%} of its data right); H of each class's log-probability."
     )
-    return Case("iris classifier", model, x, note=note)
+    return Case("iris classifier", model.requires_grad_(False), x, note=note)
 
 
 def quadratic(Q: Tensor) -> Model:
@@ -131,7 +131,10 @@ def quadratic(Q: Tensor) -> Model:
 
 
 def cases(device: str) -> list[Case]:
-    """The founding cases at their real sizes, and the real data set."""
+    """The founding cases at their real sizes, and the real data set.
+
+    Weights are frozen for all ways alike: Hessians are wanted, no gradients through them.
+    """
     torch.manual_seed(0)
     per_column = nn.Sequential(nn.Flatten(-2), tanh_net(20, 64, 64, 1))
     nets: list[tuple[str, nn.Module, tuple[int, ...]]] = [
@@ -142,7 +145,12 @@ def cases(device: str) -> list[Case]:
     Q = torch.randn(16, 16, device=device)
     return [
         *(
-            Case(name, net.to(device), torch.randn(shape, device=device), len(shape) - 1)
+            Case(
+                name,
+                net.to(device).requires_grad_(False),
+                torch.randn(shape, device=device),
+                len(shape) - 1,
+            )
             for name, net, shape in nets
         ),
         Case(
