@@ -14,7 +14,7 @@ import os
 import re
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +48,33 @@ _INTERNAL = (
 # Notes on traced nodes, from which Origin is made.
 _OP, _LINE, _PATH = "operator", "line", "module path"
 _capturing = threading.RLock()  # tracing switches process-wide settings of PyTorch
+
+
+_epoch = 0  # odd while a model is captured: its weights are stand-ins then, for all threads
+
+
+def read_tensors(sources: Sequence[Source], model: nn.Module) -> list[torch.Tensor]:
+    """The model's tensors, never those of a capture that another thread has under way."""
+    if torch.compiler.is_dynamo_compiling():
+        return [source.read(model) for source in sources]
+    before = _epoch
+    tensors = [source.read(model) for source in sources]
+    if before % 2 or before != _epoch:
+        with _capturing:  # wait until it is over
+            tensors = [source.read(model) for source in sources]
+    return tensors
+
+
+@contextmanager
+def _exclusive() -> Iterator[None]:
+    """Inside, no other thread captures a model, or reads one."""
+    global _epoch
+    with _capturing:
+        _epoch += 1
+        try:
+            yield
+        finally:
+            _epoch += 1
 
 
 def tracing_elsewhere() -> bool:
@@ -169,7 +196,7 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int) -> Captured:
         op: _located(op, rewrite, open_modules) for op, rewrite in registry.decompositions().items()
     }
     with (
-        _capturing,
+        _exclusive(),
         _torch.plain_attention(),
         _torch.exporting(),
         torch.enable_grad(),

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from fxhess import _torch
 from fxhess.cache import programs
-from fxhess.capture import Source, capture, tracing_elsewhere
+from fxhess.capture import Source, capture, read_tensors, tracing_elsewhere
 from fxhess.closures import FunctionModule, as_module
 from fxhess.errors import CaptureError, InputError
 from fxhess.execute import Hoisted, run_whole
@@ -90,7 +90,7 @@ class HessianModule(nn.Module):
         binding = self._find(x)
         if binding is None:
             binding = self._specialize(x)
-        tensors = [source.read(self.model) for source in binding.sources]
+        tensors = read_tensors(binding.sources, self.model)
         for tensor, spec in zip(tensors, binding.specs, strict=True):
             if tensor.shape != spec[0] or tensor.dtype != spec[1] or tensor.device != spec[2]:
                 self._bindings.clear()  # the model was changed: trace it again
