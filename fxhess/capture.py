@@ -12,9 +12,8 @@ import inspect
 import linecache
 import os
 import re
-import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +28,7 @@ from fxhess.closures import tensor_paths
 from fxhess.emit import ORIGIN
 from fxhess.errors import CaptureError, FxhessError, Origin
 from fxhess.functions import whole_functions
+from fxhess.sources import Source, exclusive
 
 _HERE = os.path.dirname(__file__)
 _ROOT = os.path.dirname(_HERE)  # in a checkout, rules and passes stand beside this package
@@ -47,58 +47,6 @@ _INTERNAL = (
 )
 # Notes on traced nodes, from which Origin is made.
 _OP, _LINE, _PATH = "operator", "line", "module path"
-_capturing = threading.RLock()  # tracing switches process-wide settings of PyTorch
-
-
-_epoch = 0  # odd while a model is captured: its weights are stand-ins then, for all threads
-
-
-def read_tensors(sources: Sequence[Source], model: nn.Module) -> list[torch.Tensor]:
-    """The model's tensors, never those of a capture that another thread has under way."""
-    if torch.compiler.is_dynamo_compiling():
-        return [source.read(model) for source in sources]
-    before = _epoch
-    tensors = [source.read(model) for source in sources]
-    if before % 2 or before != _epoch:
-        with _capturing:  # wait until it is over
-            tensors = [source.read(model) for source in sources]
-    return tensors
-
-
-@contextmanager
-def _exclusive() -> Iterator[None]:
-    """Inside, no other thread captures a model, or reads one."""
-    global _epoch
-    with _capturing:
-        _epoch += 1
-        try:
-            yield
-        finally:
-            _epoch += 1
-
-
-def tracing_elsewhere() -> bool:
-    """Whether this thread is being traced by somebody else (``torch.compile``, ``torch.export``).
-    While a model is captured, all threads seem to be: this waits until none is."""
-    with _capturing:
-        return torch.compiler.is_compiling()
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where an input of the graph is read: a dotted path of attributes below the model, or, for
-    tensors that have none (made inside ``forward``, held in a list), the tensor itself."""
-
-    path: tuple[str, ...] = ()
-    constant: torch.Tensor | None = None
-
-    def read(self, model: nn.Module) -> torch.Tensor:
-        if self.constant is not None:
-            return self.constant
-        value: Any = model
-        for name in self.path:
-            value = getattr(value, name)
-        return value  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -196,7 +144,7 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int) -> Captured:
         op: _located(op, rewrite, open_modules) for op, rewrite in registry.decompositions().items()
     }
     with (
-        _exclusive(),
+        exclusive(),
         _torch.plain_attention(),
         _torch.exporting(),
         torch.enable_grad(),

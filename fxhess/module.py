@@ -15,12 +15,13 @@ from torch import fx, nn
 
 from fxhess import _torch
 from fxhess.cache import programs
-from fxhess.capture import Source, capture, read_tensors, tracing_elsewhere
+from fxhess.capture import capture
 from fxhess.closures import FunctionModule, as_module
 from fxhess.errors import CaptureError, InputError
 from fxhess.execute import Hoisted, run_whole
 from fxhess.explain import Explanation
 from fxhess.pipeline import Options, Program, compile_captured, key_of
+from fxhess.sources import Source, read_tensors, tracing_elsewhere
 from fxhess.verify import Verification, verify
 
 OUTPUTS = ("value", "gradient", "hessian")
