@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxhess import cost
+from fxhess import cost, memory
 from fxhess.emit import VAL
 from fxhess.kernels import use_fast_kernels, write_results
 from fxhess.passes.hoist import hoist
 from fxhess.passes.simplify import is_repeatable
 
-# Working memory of a tile: about what stays in the outer caches of two cores.
-TILE_BYTES = {"cpu": 8 << 20}
+# Working memory of a tile: half of the outer cache that a few cores share.
+TILE_BYTES = {"cpu": 16 << 20}
 _WORTHWHILE = 5_000_000  # operations
 
 
@@ -102,19 +102,21 @@ class Execution:
         tensors: Sequence[torch.Tensor],
         batch_ndim: int,
         out: Sequence[torch.Tensor] | None = None,
-        memory: Hoisted | None = None,
+        kept: Hoisted | None = None,
     ) -> list[torch.Tensor]:
-        """All results, written into ``out`` or into fresh tensors; ``memory`` keeps what the
+        """All results, written into ``out`` or into fresh tensors; ``kept`` holds what the
         prologue gave from call to call."""
         batch = x.shape[:batch_ndim]
         if out is None:
             out = [
-                torch.empty((*batch, *shape), dtype=dtype, device=x.device)
+                memory.empty((*batch, *shape), dtype, x.device)
                 for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
             ]
         if batch.numel() == 0:
             return list(out)
-        hoisted = self._hoisted(tensors, memory)
+        if x.device.type == "cpu":
+            memory.keep_freed_blocks()
+        hoisted = self._hoisted(tensors, kept)
         rows = batch[0]
         step = self._tile(x, batch_ndim)
         if step >= rows:
@@ -125,12 +127,12 @@ class Execution:
             self.body.forward(x[start:stop], *hoisted, *(o[start:stop] for o in out))
         return list(out)
 
-    def _hoisted(self, tensors: Sequence[torch.Tensor], memory: Hoisted | None) -> Any:
+    def _hoisted(self, tensors: Sequence[torch.Tensor], kept: Hoisted | None) -> Any:
         entries = sum(t.numel() for t in tensors)
         small = self.prologue_flops < _WORTH_KEEPING * entries
-        if memory is None or small or not self.tiled:
+        if kept is None or small or not self.tiled:
             return self.prologue.forward(*tensors)
-        return memory.get(tensors, self.prologue.forward)
+        return kept.get(tensors, self.prologue.forward)
 
     def _tile(self, x: torch.Tensor, batch_ndim: int) -> int:
         """How many entries of the first batch axis make one tile."""

@@ -27,7 +27,7 @@ LAYERS = (
     {"errors"},
     {"emit", "kinds", "_torch", "functions", "closures", "oracle", "sources"},
     {"registry", "facts", "cost", "structure", "contraction", "capture", "arrangement"},
-    {"splice", "graft", "derive", "kernels", "_batched"},
+    {"splice", "graft", "derive", "kernels", "memory", "_batched"},
     {"passes", "rules"},
     {"execute", "pipeline"},
     {"cache", "explain", "verify"},
