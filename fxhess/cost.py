@@ -1,12 +1,14 @@
-"""What an operation costs, in seconds on a kind of device: a small table of rates.
+"""What an operation costs, in seconds on a device: a small table of rates.
 
 The planner compares programs by these seconds, not by operation counts: a flat matrix product, a
 batched one and a pass over memory differ several times in what they get out of the machine.
-Built-in rates are those of two cores of a server CPU and of one data-centre GPU.
+Built-in rates are those of two cores of a server CPU and of one data-centre GPU;
+:func:`fxhess.calibrate` measures those of this machine.
 """
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,34 +16,92 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fxhess.emit import VAL, VARIES
+from fxhess.emit import ROLE, VAL, VARIES
+
+# Working memory of a tile: half of the outer cache that a few cores share.
+TILE_BYTES = {"cpu": 16 << 20}
+
+Curve = tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True)
 class Rates:
-    """``flat``, ``batched``: multiply-adds of a matrix product a second, times two, in float32
-    (halved for float64); ``bandwidth``: bytes a second of a pointwise pass; ``launch``: seconds
-    an operation costs whatever its size."""
+    """How fast a device is, for numbers of one type.
 
-    flat: float
-    batched: float
-    bandwidth: float
+    ``flat``, ``batched``: operations a second (multiply-adds times two) of a matrix product with
+    one matrix for all rows, and of many small ones, by size (see :func:`side`);
+    ``convolution``: the same of a small convolution; ``stream``, ``scattered``: bytes a second of
+    a pointwise pass over what lies in the cache, in the order of memory and in another;
+    ``gather``: entries a second read by index; ``special``: values of tanh a second; ``memory``:
+    bytes a second to and from main memory; ``launch``: seconds an operation costs whatever its
+    size.
+    """
+
+    flat: Curve
+    batched: Curve
+    convolution: float
+    stream: float
+    scattered: float
+    gather: float
+    special: float
+    memory: float
     launch: float
 
 
-RATES = {
-    "cpu": Rates(flat=3.5e11, batched=1.2e11, bandwidth=2e10, launch=6e-6),
-    "cuda": Rates(flat=4e13, batched=2e13, bandwidth=3e12, launch=6e-6),
+# Two cores of an AMD EPYC and the published figures of an NVIDIA A100, in round numbers.
+_CPU_32 = Rates(
+    flat=((2, 5e9), (8, 3.4e10), (16, 1.3e11), (32, 2.9e11), (64, 4.3e11), (256, 4.5e11)),
+    batched=((2, 2e9), (8, 3.5e10), (16, 1e11), (32, 1.6e11), (256, 2e11)),
+    convolution=1.2e11, stream=1.5e11, scattered=4.5e10, gather=3e9, special=9e8,
+    memory=3e10, launch=2e-6,
+)  # fmt: skip
+_CPU_64 = Rates(
+    flat=((2, 5e9), (8, 1.5e10), (16, 2.7e10), (64, 6e10), (256, 9.5e10)),
+    batched=((2, 1.5e9), (8, 1.2e10), (16, 3e10), (32, 5.5e10), (256, 1e11)),
+    convolution=5e10, stream=1.5e11, scattered=9e10, gather=6e8, special=5e8,
+    memory=3e10, launch=2e-6,
+)  # fmt: skip
+_GPU_32 = Rates(
+    flat=((8, 1e12), (64, 1e13), (256, 1.5e13)), batched=((8, 5e11), (64, 8e12), (256, 1.3e13)),
+    convolution=8e12, stream=1.5e12, scattered=6e11, gather=1e11, special=5e11,
+    memory=1.5e12, launch=6e-6,
+)  # fmt: skip
+_GPU_64 = Rates(
+    flat=((8, 5e11), (64, 6e12), (256, 1.2e13)), batched=((8, 3e11), (64, 4e12), (256, 9e12)),
+    convolution=4e12, stream=1.5e12, scattered=6e11, gather=1e11, special=1e11,
+    memory=1.5e12, launch=6e-6,
+)  # fmt: skip
+BUILT_IN = {
+    ("cpu", 4): _CPU_32,
+    ("cpu", 8): _CPU_64,
+    ("cuda", 4): _GPU_32,
+    ("cuda", 8): _GPU_64,
 }
+MEASURED: dict[tuple[str, int], Rates] = {}  # what calibration found; it goes before BUILT_IN
 
-_SCATTERED = 3.0  # reading in another order than that of memory, against reading in order
 _KEPT = 0.1  # the share of calls that find hoisted work outdated
+_CACHED = 1 << 21  # bytes that a tile's products find in the cache again
+_PRODUCTS = frozenset({"matmul", "mm", "bmm", "linear", "flat_product"})
+_SPECIAL = frozenset(
+    {"tanh", "exp", "expm1", "log", "log1p", "sigmoid", "softplus", "erf", "erfc", "sin", "cos",
+     "tan", "atan", "sinh", "cosh", "pow", "logsigmoid", "gelu", "silu", "softmax", "log_softmax"}
+)  # fmt: skip
+_GATHERS = frozenset({"index_select", "unpack", "gather", "index", "index_add", "scatter_add",
+                      "index_put", "embedding", "take_along_dim"})  # fmt: skip
 
 # Operations that only describe memory differently.
 _VIEWS = frozenset(
     {"getitem", "permute", "expand", "unflatten", "squeeze", "unsqueeze", "t", "alias", "movedim",
      "transpose", "sym_size", "view", "detach", "narrow", "slice"}
 )  # fmt: skip
+
+
+def rates_for(device: torch.device, dtype: torch.dtype) -> Rates:
+    """The rates of a device's kind, for numbers as wide as ``dtype``."""
+    width = 8 if dtype.itemsize == 8 else 4
+    kind = device.type if (device.type, width) in BUILT_IN else "cpu"
+    key = (kind, width)
+    return MEASURED.get(key, BUILT_IN[key])
 
 
 def name_of(node: fx.Node) -> str:
@@ -57,40 +117,74 @@ def flops(node: fx.Node) -> int:
     value = node.meta.get(VAL)
     if not isinstance(value, torch.Tensor) or name_of(node) in _VIEWS:
         return 0
-    if name_of(node) in ("matmul", "mm", "bmm", "linear"):
+    if name_of(node) in _PRODUCTS:
         first = node.all_input_nodes[0].meta[VAL]
         return 2 * value.numel() * int(first.shape[-1])
     if name_of(node) == "convolution":
-        weight = node.all_input_nodes[1].meta[VAL]
-        return 2 * value.numel() * math.prod(int(s) for s in weight.shape[1:])
+        given, weight = (n.meta[VAL] for n in node.all_input_nodes[:2])
+        transposed = len(node.args) > 6 and node.args[6] is True
+        steps = given.numel() if transposed else value.numel()
+        return 2 * steps * math.prod(int(s) for s in weight.shape[1:])
     return int(value.numel())
 
 
+def side(*sizes: int) -> float:
+    """The size of a product that its rate depends on: between its smallest side and the side of
+    the cube of equal volume."""
+    volume = math.prod(float(min(n, 256)) for n in sizes)
+    return math.sqrt(max(1, min(sizes)) * max(1.0, volume) ** (1 / len(sizes)))
+
+
+def _rate(curve: Curve, size: float) -> float:
+    """The rate at a size, between measured ones linear in logarithms."""
+    at = bisect.bisect_left(curve, (size, 0.0))
+    if at == 0:
+        return curve[0][1] * min(1.0, size / curve[0][0])
+    if at == len(curve):
+        return curve[-1][1]
+    (x0, y0), (x1, y1) = curve[at - 1], curve[at]
+    return y0 * (y1 / y0) ** (math.log(size / x0) / math.log(x1 / x0))
+
+
 def seconds(node: fx.Node, rates: Rates) -> float:
-    """Estimated time of one operation at the nominal batch size."""
+    """Estimated time of one operation on its stand-ins' sizes, run tile by tile."""
     value = node.meta.get(VAL)
-    if node.op != "call_function" or not isinstance(value, torch.Tensor):
+    if node.op not in ("call_function", "call_method") or not isinstance(value, torch.Tensor):
         return 0.0
     name = name_of(node)
     if name in _VIEWS:
         return rates.launch / 3
-    size = value.element_size()
-    operands = [v for n in node.all_input_nodes if isinstance(v := n.meta.get(VAL), torch.Tensor)]
-    moved = value.numel() * size + sum(v.numel() * v.element_size() * _stride(v) for v in operands)
-    if name in ("matmul", "mm", "bmm", "linear", "convolution"):
-        shapes = [n.meta[VAL].ndim for n in node.all_input_nodes[:2]]
-        rate = rates.batched if min(shapes) > 2 else rates.flat
-        return (
-            rates.launch
-            + flops(node) / (rate if size <= 4 else rate / 2)
-            + (moved / rates.bandwidth / 4)
-        )
-    return rates.launch + moved / rates.bandwidth
+    operands = [n for n in node.all_input_nodes if isinstance(n.meta.get(VAL), torch.Tensor)]
+    passes = sum(_reading(n.meta[VAL], rates) for n in operands)
+    own = value.numel() * value.element_size()
+    passes += own / (rates.memory if node.meta.get(ROLE) == "result" else rates.stream)
+    if name in _PRODUCTS:
+        return rates.launch + passes / 2 + _product(value, operands, flops(node), rates)
+    if name == "convolution":
+        return rates.launch + passes + flops(node) / rates.convolution
+    if name in _GATHERS:
+        return rates.launch + passes + value.numel() / rates.gather
+    if name in _SPECIAL:
+        return rates.launch + passes + value.numel() / rates.special
+    return rates.launch + passes
 
 
-def _stride(value: torch.Tensor) -> float:
-    """How much longer reading a value takes for lying in memory in another order."""
-    return 1.0 if value.is_contiguous() else _SCATTERED
+def _product(value: torch.Tensor, operands: Sequence[fx.Node], work: int, rates: Rates) -> float:
+    left, right = (n.meta[VAL] for n in (operands * 2)[:2])
+    k, columns = int(left.shape[-1]), int(value.shape[-1]) if right.ndim > 1 else 1
+    if min(left.ndim, right.ndim) > 2:
+        return work / _rate(rates.batched, side(int(value.shape[-2]), k, columns))
+    time = work / _rate(rates.flat, side(k, columns))
+    matrix = right.numel() * right.element_size()
+    if matrix > _CACHED:  # every tile reads it again
+        tiles = max(1.0, 3 * value.numel() * value.element_size() / TILE_BYTES["cpu"])
+        time += tiles * matrix / rates.memory
+    return time
+
+
+def _reading(value: torch.Tensor, rates: Rates) -> float:
+    size = value.numel() * value.element_size()
+    return size / (rates.stream if value.is_contiguous() else rates.scattered)
 
 
 def total(nodes: Iterable[fx.Node], rates: Rates) -> float:
@@ -99,11 +193,6 @@ def total(nodes: Iterable[fx.Node], rates: Rates) -> float:
     return sum(
         seconds(node, rates) * (1.0 if node.meta.get(VARIES, True) else _KEPT) for node in nodes
     )
-
-
-def rates_for(device: torch.device) -> Rates:
-    """The rates of a device's kind."""
-    return RATES.get(device.type, RATES["cpu"])
 
 
 def peak_bytes(nodes: Sequence[fx.Node]) -> int:

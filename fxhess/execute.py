@@ -16,8 +16,6 @@ from fxhess.kernels import use_fast_kernels, write_results
 from fxhess.passes.hoist import hoist
 from fxhess.passes.simplify import is_repeatable
 
-# Working memory of a tile: half of the outer cache that a few cores share.
-TILE_BYTES = {"cpu": 16 << 20}
 _WORTHWHILE = 5_000_000  # operations
 
 
@@ -136,7 +134,7 @@ class Execution:
 
     def _tile(self, x: torch.Tensor, batch_ndim: int) -> int:
         """How many entries of the first batch axis make one tile."""
-        budget = TILE_BYTES.get(x.device.type)
+        budget = cost.TILE_BYTES.get(x.device.type)
         if budget is None or not self.tiled:
             return x.shape[0]
         inner = x.shape[1:batch_ndim].numel()

@@ -79,7 +79,7 @@ class Explanation:
             for n in nodes
             if cost.name_of(n) in ("matmul", "mm", "bmm", "linear", "convolution")
         )
-        rates = cost.rates_for(x.device)
+        rates = cost.rates_for(x.device, x.dtype)
         return cls(
             tuple(x.shape), options.outputs, program.summed, program.vector, tuple(program.bases),
             rows, contractions, len(nodes), sum(map(cost.flops, nodes)), cost.peak_bytes(nodes),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxhess import _torch
+from fxhess import _torch, triangle
 from fxhess.emit import VAL
 
 # Below this many entries of the matrix, the default product's lower overhead wins.
@@ -40,7 +40,11 @@ def use_fast_kernels(graph: fx.Graph) -> fx.Graph:
     return graph
 
 
-_IN_PLACE_FORMS = {operator.add: torch.add, operator.mul: torch.mul}
+_IN_PLACE_FORMS = {
+    operator.add: torch.add,
+    operator.mul: torch.mul,
+    triangle.unpack: triangle.unpack,
+}
 
 
 def write_results(graph: fx.Graph) -> fx.Graph:
@@ -55,11 +59,9 @@ def write_results(graph: fx.Graph) -> fx.Graph:
             target = graph.placeholder(f"out_{i}")
         placeholders.append(target)
         form: Any = _IN_PLACE_FORMS.get(result.target)  # type: ignore[arg-type]
-        tensors = all(
-            isinstance(a, fx.Node) and isinstance(a.meta.get(VAL), torch.Tensor)
-            for a in result.args
-        )
-        if form is not None and tensors and len(result.users) == 1:
+        first = result.args[0] if result.args else None
+        tensor = isinstance(first, fx.Node) and isinstance(first.meta.get(VAL), torch.Tensor)
+        if form is not None and tensor and len(result.users) == 1:
             result.target, result.kwargs = form, {"out": target}
         else:
             source = result

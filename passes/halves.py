@@ -4,10 +4,14 @@ A half relative to a basis is a sum of cores, one for each *pattern*.  A pattern
 the axes ``(outputs.., basis.., basis again..)``, the core's axis that stands for it; two axes with
 one name are tied: the core is diagonal over them.  Adding the transpose at the very end makes the
 result exactly symmetric, bit for bit.
+
+A part that is symmetric as it is, and a long sum of products that are the same for every sample, is
+kept *packed*: only its upper triangle is ever computed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,14 +19,18 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxhess import triangle
 from fxhess.contraction import Factor, contract
-from fxhess.emit import VAL, Var
+from fxhess.emit import VAL, VARIES, Var
 from fxhess.kinds import Label
 from fxhess.passes.curvature import Curvature, Moved
 from fxhess.passes.forms import Forms
 from fxhess.structure import Structured
 
 Pattern = tuple[int, ...]
+
+# Sums shorter than this are not worth a pass that unpacks the result.
+_LONG = 96
 
 
 @dataclass
@@ -33,6 +41,10 @@ class Half:
     basis: tuple[int, ...]
     outputs: tuple[int, ...]
     cores: dict[Pattern, Var | float] = field(default_factory=dict)
+    packed: Var | None = None  # [*batch, *outputs, n (n + 1) / 2], n the product of the basis
+
+    def add_packed(self, part: Var) -> None:
+        self.packed = part if self.packed is None else self.packed + part  # type: ignore[assignment]
 
     def add(self, pattern: Pattern, core: Var | float) -> None:
         known = self.cores.get(pattern)
@@ -64,13 +76,31 @@ class Halves:
                     tuple(names[m : m + n]), tuple(names[m + n :]), 1.0,
                 )
             )  # fmt: skip
+        if half.packed is not None:
+            axes: list[Label] = [("c", k) for k in range(m + 2 * n)]
+            factor = (self._unpacked(half), [*self.forms.batch(), *axes])
+            terms.append(
+                Curvature(
+                    base, base, (factor,), tuple(axes[:m]),
+                    tuple(axes[m : m + n]), tuple(axes[m + n :]), 0.5,
+                )
+            )  # fmt: skip
         return terms
+
+    def _unpacked(self, half: Half) -> Var:
+        """The packed part as ``[*batch, *outputs, *basis, *basis]``."""
+        places = self.emitter.call(
+            triangle.positions, math.prod(half.basis), device=self.algebra.device
+        )
+        return self.emitter.call(triangle.unpack, half.packed, places, half.basis)
 
     def close(
         self, half: Half, term: Curvature | Moved, left: Structured, right: Structured
     ) -> Pattern:
         """Add ``J_i^T C J_j``; the pattern that it has."""
         if isinstance(term, Curvature):
+            if left is right and self._packs(half, term, left):
+                return self._close_packed(half, term, left)
             return self._sandwich(half, term, left, right)
         moved = self.apply(half, term, right)
         labels = self._axes(half, moved)
@@ -79,6 +109,38 @@ class Halves:
             labels[1], 1.0,
         )  # fmt: skip
         return self._sandwich(half, as_form, left, None)
+
+    def _packs(self, half: Half, term: Curvature, tangent: Structured) -> bool:
+        """Whether the term is a long sum of squares of tangents that are the same for every
+        sample, weighted differently for each: worth the packed form."""
+        if term.left != term.right or len(set(term.left)) < len(term.left):
+            return False
+        if not isinstance(tangent.core, Var) or set(tangent.ties) != {None}:
+            return False
+        shape = tangent.core.val.shape
+        n = len(half.basis)
+        alone = all(size == 1 for size in shape[n : n + self.nb])
+        full = tuple(shape[:n]) == half.basis and math.prod(half.basis) > 1
+        summed = math.prod(int(size) for size in shape[n + self.nb :])
+        varies = any(isinstance(v, Var) and v.node.meta[VARIES] for v, _ in term.factors)
+        return alone and full and summed >= _LONG and varies
+
+    def _close_packed(self, half: Half, term: Curvature, tangent: Structured) -> Pattern:
+        """``sum_k c_k J_k J_k^T`` as one product of c with the packed squares."""
+        n, m = len(half.basis), len(half.outputs)
+        size = math.prod(half.basis)
+        core: Any = self.algebra.tensor(tangent)
+        flat = torch.flatten(core, 0, n - 1) if n > 1 else core
+        ends = self.emitter.call(triangle.ends, size, device=self.algebra.device)
+        rows, columns = (torch.index_select(flat, 0, ends[i]) for i in range(2))  # type: ignore[arg-type]
+        batch = self.forms.batch()
+        squares: Factor = (rows * columns, [("p", 0), *batch, *term.left])
+        factors: list[Factor] = [*term.factors, (2.0 * term.weight, ()), squares]
+        output: list[Label] = [*batch, *term.outputs, ("p", 0)]
+        part = contract(self.emitter, factors, output, None, self.forms.batch_size)
+        assert isinstance(part, Var)
+        half.add_packed(part)
+        return tuple(range(m + 2 * n))
 
     def _axes(
         self, half: Half, s: Structured
@@ -178,7 +240,7 @@ class Halves:
     def hessian(self, half: Half) -> Var:
         """``A + A^T`` as ``[*batch, *outputs, *basis, *basis]``, at its full size."""
         n, m = len(half.basis), len(half.outputs)
-        if not half.cores:
+        if not half.cores and half.packed is None:
             return self.zeros((*half.outputs, *half.basis, *half.basis))
         total: Var | None = None
         result: Var | None = None
@@ -193,6 +255,8 @@ class Halves:
             a = total.ndim - 2 * n
             order = [*range(a), *range(a + n, a + 2 * n), *range(a, a + n)]
             result = total + torch.permute(total, order)  # type: ignore[assignment]
+        if half.packed is not None:
+            diagonal.append(self._unpacked(half))
         for dense in diagonal:
             result = dense if result is None else result + dense
         assert result is not None

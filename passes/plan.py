@@ -19,6 +19,7 @@ import networkx as nx
 from torch import fx
 
 from fxhess.cost import Rates, rates_for, total
+from fxhess.emit import VAL
 from fxhess.errors import InputError
 from fxhess.facts import Canonical, dataflow, fact
 from fxhess.kinds import is_curved
@@ -59,7 +60,7 @@ def plan(canonical: Canonical, strategy: str = "auto") -> Plan:
         return Plan(tuple(Piece(base) for base in (canonical.x, *places)))
     if strategy != "auto" or not has_curvature(canonical):
         return Plan((Piece(canonical.x, _ALL if strategy == "pull" else 0),))
-    return _cheapest(canonical, places, rates_for(canonical.device))
+    return _cheapest(canonical, places, rates_for(canonical.device, canonical.x.meta[VAL].dtype))
 
 
 def has_curvature(canonical: Canonical) -> bool:

@@ -25,7 +25,7 @@ EVERYTHING = SOURCES + sorted(
 # for all modules of these packages.
 LAYERS = (
     {"errors"},
-    {"emit", "kinds", "_torch", "functions", "closures", "oracle", "sources"},
+    {"emit", "kinds", "_torch", "functions", "closures", "oracle", "sources", "triangle"},
     {"registry", "facts", "cost", "structure", "contraction", "capture", "arrangement"},
     {"splice", "graft", "derive", "kernels", "memory", "_batched"},
     {"passes", "rules"},
