@@ -170,7 +170,7 @@ def seconds(node: fx.Node, rates: Rates) -> float:
 
 
 def _product(value: torch.Tensor, operands: Sequence[fx.Node], work: int, rates: Rates) -> float:
-    left, right = (n.meta[VAL] for n in (operands * 2)[:2])
+    left, right = (n.meta[VAL] for n in [operands[0], operands[-1]])
     k, columns = int(left.shape[-1]), int(value.shape[-1]) if right.ndim > 1 else 1
     if min(left.ndim, right.ndim) > 2:
         return work / _rate(rates.batched, side(int(value.shape[-2]), k, columns))

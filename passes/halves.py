@@ -78,10 +78,10 @@ class Halves:
             )  # fmt: skip
         if half.packed is not None:
             axes: list[Label] = [("c", k) for k in range(m + 2 * n)]
-            factor = (self._unpacked(half), [*self.forms.batch(), *axes])
+            whole: Factor = (self._unpacked(half), [*self.forms.batch(), *axes])
             terms.append(
                 Curvature(
-                    base, base, (factor,), tuple(axes[:m]),
+                    base, base, (whole,), tuple(axes[:m]),
                     tuple(axes[m : m + n]), tuple(axes[m + n :]), 0.5,
                 )
             )  # fmt: skip
@@ -134,8 +134,9 @@ class Halves:
         ends = self.emitter.call(triangle.ends, size, device=self.algebra.device)
         rows, columns = (torch.index_select(flat, 0, ends[i]) for i in range(2))  # type: ignore[arg-type]
         batch = self.forms.batch()
-        squares: Factor = (rows * columns, [("p", 0), *batch, *term.left])
-        factors: list[Factor] = [*term.factors, (2.0 * term.weight, ()), squares]
+        squares: Any = rows * columns
+        squared: Factor = (squares, [("p", 0), *batch, *term.left])
+        factors: list[Factor] = [*term.factors, (2.0 * term.weight, ()), squared]
         output: list[Label] = [*batch, *term.outputs, ("p", 0)]
         part = contract(self.emitter, factors, output, None, self.forms.batch_size)
         assert isinstance(part, Var)
