@@ -130,7 +130,6 @@ def _trace_fake(
             torch.func.functionalize(function),
             decomposition_table=dict(decompositions),
             tracing_mode="real",
-            record_stack_traces=True,
             _allow_non_fake_inputs=True,
         )(fake_x, *(fakes[id(t)] for t in tensors))
     replaced = tuple(env.replace(s) for s in symbols)

@@ -25,7 +25,7 @@ of three ways:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ from fxhess.facts import Canonical, Fact, fact, is_active
 from fxhess.kinds import Label, is_curved
 from fxhess.passes.curvature import Curvature, Moved, curvature
 from fxhess.passes.forms import Forms
-from fxhess.passes.halves import Half, Halves
+from fxhess.passes.halves import Half, Halves, Pattern
 from fxhess.structure import Algebra, Structured
 
 
@@ -99,6 +99,10 @@ class Draft:
         self.values: dict[fx.Node, Any] = {}
         self.adjoints: dict[fx.Node, Structured] = {}
         self.terms: list[Term] = []
+        # What pieces have in common, written once: a planner tries many of them.
+        self._curvatures: dict[fx.Node, list[Curvature | Moved]] = {}
+        self._tangents_of: dict[fx.Node, dict[fx.Node, Structured]] = {}  # by base, by value
+        self._parts: dict[Hashable, Structured | tuple[Pattern, Half]] = {}
         self._sizes: dict[int, Var] = {}
         self._primal()
         self.algebra = Algebra(self.emitter, self.nb, self.x, self.batch_size, canonical.device)
@@ -213,27 +217,52 @@ class Draft:
         terms: list[tuple[fx.Node, str, Curvature | Moved]] = []
         for node in nodes:
             if is_curved(_fact(node).kind) and node in self.adjoints:
-                with self.emitter.at(node.meta.get(ORIGIN), "curvature"):
-                    found = curvature(self.forms, node, self.adjoints[node])
-                terms += [(node, "close", term) for term in found]
+                terms += [(node, "close", term) for term in self._curvature(node)]
         if following is not None and later is not None:
             carried = self.halves.later_terms(following, later)
             terms += [(following, "rebase", term) for term in carried]
-        pulled, closed = terms[: piece.pulled], terms[piece.pulled :]
-        needed = {term.j for *_, term in terms} | {term.i for *_, term in closed}
+        needed = {term.j for *_, term in terms} | {term.i for *_, term in terms[piece.pulled :]}
         tangents = self._tangents(base, nodes, needed)
         moved: dict[fx.Node, list[Structured]] = {}
-        for node, _, term in pulled:
+        for i, (node, ending, term) in enumerate(terms):
+            pulls = i < piece.pulled
+            # A term of a node's own curvature lives as long as the draft: its identity is a name.
+            key = (base, pulls, id(term)) if ending == "close" else None
+            part = self._parts.get(key)
+            if part is None:
+                with self.emitter.at(node.meta.get(ORIGIN), "curvature"):
+                    part = self._part(half, term, tangents, pulls)
+            if key is not None:
+                self._parts[key] = part
+            if isinstance(part, Structured):
+                moved.setdefault(term.i, []).append(part)
+                self.terms.append(Term(node, base, "pull", ()))
+                continue
+            pattern, closed = part
             with self.emitter.at(node.meta.get(ORIGIN), "curvature"):
-                part = self.halves.apply(half, term, tangents[term.j])
-            moved.setdefault(term.i, []).append(part)
-            self.terms.append(Term(node, base, "pull", ()))
-        for node, ending, term in closed:
-            with self.emitter.at(node.meta.get(ORIGIN), "curvature"):
-                pattern = self.halves.close(half, term, tangents[term.i], tangents[term.j])
+                half.join(closed)
             self.terms.append(Term(node, base, ending, pattern))
         self._pull_back(half, base, nodes, moved)
         return half, len(terms)
+
+    def _curvature(self, node: fx.Node) -> list[Curvature | Moved]:
+        if node not in self._curvatures:
+            with self.emitter.at(node.meta.get(ORIGIN), "curvature"):
+                self._curvatures[node] = curvature(self.forms, node, self.adjoints[node])
+        return self._curvatures[node]
+
+    def _part(
+        self,
+        half: Half,
+        term: Curvature | Moved,
+        tangents: Mapping[fx.Node, Structured],
+        pulls: bool,
+    ) -> Structured | tuple[Pattern, Half]:
+        """One term for a half like ``half``: moved, or closed and its pattern."""
+        if pulls:
+            return self.halves.apply(half, term, tangents[term.j])
+        closed = Half(half.basis, half.outputs)
+        return self.halves.close(closed, term, tangents[term.i], tangents[term.j]), closed
 
     def _pull_back(
         self,
@@ -262,9 +291,11 @@ class Draft:
         for node in reversed(nodes):
             if node in needed:
                 needed.update(_active_operands(node))
-        tangents = {base: self.algebra.identity(self.canonical.event(base))}
+        if base not in self._tangents_of:
+            self._tangents_of[base] = {base: self.algebra.identity(self.canonical.event(base))}
+        tangents = self._tangents_of[base]
         for node in nodes:
-            if node in needed:
+            if node in needed and node not in tangents:
                 self._check_summed(node)
                 with self.emitter.at(node.meta.get(ORIGIN), "tangent"):
                     parts = [tangents.get(o) for o in _fact(node).operands]

@@ -50,6 +50,18 @@ class Half:
         known = self.cores.get(pattern)
         self.cores[pattern] = core if known is None else known + core  # type: ignore[operator]
 
+    def join(self, part: Half) -> None:
+        """Add a part along the same basis."""
+        for pattern, core in part.cores.items():
+            self.add(pattern, core)
+        if part.packed is not None:
+            self.add_packed(part.packed)
+
+    def values(self) -> list[fx.Node]:
+        """What holds the half."""
+        held = [*self.cores.values(), self.packed]
+        return [v.node for v in held if isinstance(v, Var)]
+
 
 class Halves:
     """Writes the contractions that make halves, and a half's Hessian."""

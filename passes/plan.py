@@ -11,8 +11,9 @@ and the others closed.  Pieces are costed by writing them on scratch paper.
 
 from __future__ import annotations
 
+import bisect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -87,7 +88,7 @@ def candidates(canonical: Canonical) -> list[fx.Node]:
     curved = sorted(order[n] for n in graph if is_curved(_kind(n)))
     best: dict[int, fx.Node] = {}
     for node in chain:
-        before = sum(1 for i in curved if i <= order[node])
+        before = bisect.bisect_right(curved, order[node])
         if before == len(curved):  # nothing curved follows
             continue
         size = math.prod(canonical.event(node))
@@ -113,13 +114,14 @@ class _Best:
 
 def _cheapest(canonical: Canonical, places: Sequence[fx.Node], rates: Rates) -> Plan:
     draft = Draft(canonical, ("hessian",))
+    bill = _Bill(draft, rates)
     window = _window(len(draft.path))
     starts = [canonical.x, *_thinned(canonical, places, 2 * window + 2)]
     best: list[_Best | None] = [None] * len(starts)
     for i in reversed(range(len(starts))):
         for j in _ends(i, len(starts), window):
             later = best[j] if j is not None else None
-            tried = _trial(draft, starts[i], starts[j] if j is not None else None, later, rates)
+            tried = _trial(draft, starts[i], starts[j] if j is not None else None, later, bill)
             known = best[i]
             for candidate in tried:
                 if known is None or candidate.cost < known.cost:
@@ -127,9 +129,8 @@ def _cheapest(canonical: Canonical, places: Sequence[fx.Node], rates: Rates) -> 
             best[i] = known
     chosen = best[0]
     assert chosen is not None
-    mark = _newest(draft)
-    draft.halves.hessian(chosen.half)
-    return Plan(chosen.pieces, chosen.cost + total(_since(draft, mark), rates))
+    result = draft.halves.hessian(chosen.half)
+    return Plan(chosen.pieces, chosen.cost + bill.of([result.node], chosen.half.values()))
 
 
 def _window(values: int) -> int:
@@ -162,15 +163,14 @@ def _ends(i: int, count: int, window: int) -> Iterator[int | None]:
 
 
 def _trial(
-    draft: Draft, base: fx.Node, following: fx.Node | None, later: _Best | None, rates: Rates
+    draft: Draft, base: fx.Node, following: fx.Node | None, later: _Best | None, bill: _Bill
 ) -> Iterator[_Best]:
     """Programs that start at ``base`` and go on from ``following``, costed."""
     cuts, done = [0], 0
     while done < len(cuts):
-        mark = _newest(draft)
         piece = Piece(base, cuts[done])
         half, terms = draft.piece(piece, following, later.half if later else None)
-        cost = total(_since(draft, mark), rates)
+        cost = bill.of(half.values(), later.half.values() if later else ())
         if later is not None:
             yield _Best(cost + later.cost, (piece, *later.pieces), half)
         else:
@@ -180,15 +180,26 @@ def _trial(
         done += 1
 
 
-def _newest(draft: Draft) -> fx.Node:
-    return next(iter(reversed(draft.emitter.graph.nodes)))
+class _Bill:
+    """Estimated seconds of what was written into a draft after its values and adjoints."""
 
+    def __init__(self, draft: Draft, rates: Rates) -> None:
+        self._free = set(draft.emitter.graph.nodes)
+        self._rates = rates
+        self._seconds: dict[fx.Node, float] = {}
 
-def _since(draft: Draft, mark: fx.Node) -> list[fx.Node]:
-    """What was written after ``mark``, except what nothing uses."""
-    found = []
-    for node in reversed(draft.emitter.graph.nodes):
-        if node is mark:
-            break
-        found.append(node)
-    return found[::-1]
+    def of(self, results: Iterable[fx.Node], paid: Iterable[fx.Node]) -> float:
+        """Seconds of all that the results need and ``paid`` does not."""
+        seen = set(paid)
+        queue = list(results)
+        cost = 0.0
+        while queue:
+            node = queue.pop()
+            if node in seen or node in self._free:
+                continue
+            seen.add(node)
+            if node not in self._seconds:
+                self._seconds[node] = total([node], self._rates)
+            cost += self._seconds[node]
+            queue += node.all_input_nodes
+        return cost
