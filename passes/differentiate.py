@@ -25,7 +25,7 @@ of three ways:
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,7 @@ from fxhess.facts import Canonical, Fact, fact, is_active
 from fxhess.kinds import Label, is_curved
 from fxhess.passes.curvature import Curvature, Moved, curvature
 from fxhess.passes.forms import Forms
+from fxhess.passes.guard import guard
 from fxhess.passes.halves import Half, Halves, Pattern
 from fxhess.structure import Algebra, Structured
 
@@ -106,7 +107,7 @@ class Draft:
         self._sizes: dict[int, Var] = {}
         self._primal()
         self.algebra = Algebra(self.emitter, self.nb, self.x, self.batch_size, canonical.device)
-        self.forms = Forms(canonical, self.algebra, self.values)
+        self.forms = self._guarded()
         self.halves = Halves(self.forms)
         self.path = self._path()
         self._outputs = canonical.event(canonical.output) if canonical.vector else ()
@@ -121,16 +122,26 @@ class Draft:
             if node.op == "placeholder":
                 self.values[node] = self.emitter.placeholder(str(node.target), node.meta[VAL])
                 continue
-            args = fx.node.map_arg(node.args, self.values.__getitem__)
-            kwargs = fx.node.map_arg(node.kwargs, self.values.__getitem__)
             with self.emitter.at(node.meta.get(ORIGIN), "value"):
-                if node.target is evaluate:
-                    self.values[node] = self._evaluate(node, *args)  # type: ignore[arg-type]
-                else:
-                    self.values[node] = self.emitter.create_proxy(
-                        node.op, node.target, args, kwargs
-                    )
+                self.values[node] = self._write(node, self.values.__getitem__)
         self.x: Var = self.values[self.canonical.x]
+
+    def _write(self, node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
+        """A node's operation, of these values of its operands."""
+        args = fx.node.map_arg(node.args, value)
+        kwargs = fx.node.map_arg(node.kwargs, value)
+        if node.target is evaluate:
+            return self._evaluate(node, *args)  # type: ignore[arg-type]
+        return self.emitter.create_proxy(node.op, node.target, args, kwargs)  # type: ignore[arg-type]
+
+    def _guarded(self) -> Forms:
+        """First forms at harmless values of what is not chosen."""
+        raw = Forms(self.canonical, self.algebra, self.values)
+        values, calls = guard(self.canonical, raw, self._write)
+        if not values:
+            return raw
+        self.values = {**self.values, **values}
+        return Forms(self.canonical, self.algebra, self.values, calls)
 
     def _evaluate(
         self,

@@ -28,21 +28,29 @@ from fxhess.structure import Algebra, Structured
 
 
 class Forms:
-    """Writes first forms of canonical nodes, given their values."""
+    """Writes first forms of canonical nodes, given their values; ``calls``: what the rules of some
+    of them see instead."""
 
     def __init__(
-        self, canonical: Canonical, algebra: Algebra, values: Mapping[fx.Node, Any]
+        self,
+        canonical: Canonical,
+        algebra: Algebra,
+        values: Mapping[fx.Node, Any],
+        calls: Mapping[fx.Node, Call] | None = None,
     ) -> None:
         self.canonical = canonical
         self.algebra = algebra
         self.emitter = algebra.emitter
         self.values = values
+        self._calls = calls or {}
         self.nb = canonical.batch_ndim
         self._partials: dict[tuple[fx.Node, tuple[int, ...]], Any] = {}
 
     # --- what a rule sees ---------------------------------------------------------------------
 
     def call(self, node: fx.Node) -> Call:
+        if node in self._calls:
+            return self._calls[node]
         known = self.fact(node)
         args = fx.node.map_arg(known.args, self.values.__getitem__)
         kwargs = fx.node.map_arg(dict(known.kwargs), self.values.__getitem__)
@@ -85,35 +93,8 @@ class Forms:
         return [f"b{i}" for i in range(self.nb)]
 
     def labelled(self, node: fx.Node) -> tuple[list[list[Label]], list[Label], dict[Label, int]]:
-        """Labels of the event axes of each operand and of the result, and their sizes."""
-        known = self.fact(node)
-        sizes: dict[Label, int] = {}
-        inputs: list[list[Label]] = []
-        event = self.canonical.event(node)
-        if isinstance(known.kind, Multilinear):
-            output = list(known.kind.output[self.nb :])
-            for operand, given in zip(known.operands, known.kind.inputs, strict=True):
-                batched = fact(operand) is not None
-                inputs.append(list(given[self.nb :] if batched else given))
-        else:
-            output = [("e", i) for i in range(len(event))]
-            for operand in known.operands:
-                shape = tuple(operand.meta["val"].shape)
-                if fact(operand) is not None:
-                    shape = shape[self.nb :]
-                tail = output[len(output) - min(len(shape), len(output)) :]
-                own: list[Label] = [("lead", i) for i in range(len(shape) - len(tail))]
-                for i, (label, size) in enumerate(zip(tail, shape[len(own) :], strict=True)):
-                    wide = event[len(output) - len(tail) + i] != size
-                    own.append(("one", i) if wide else label)
-                inputs.append(own)
-        for operand, labels in zip(known.operands, inputs, strict=True):
-            shape = tuple(operand.meta["val"].shape)
-            for label, size in zip(labels, shape[len(shape) - len(labels) :], strict=True):
-                if not isinstance(label, str):
-                    sizes[label] = max(sizes.get(label, 1), int(size))
-        sizes.update(zip(output, event, strict=True))
-        return inputs, output, sizes
+        """See :func:`labelled`."""
+        return labelled(self.canonical, node)
 
     def _jacobian(self, node: fx.Node, i: int) -> list[Factor]:
         """Factors of d y / d x_i besides the identity on shared labels."""
@@ -346,3 +327,38 @@ class Forms:
             self.check_rank(node, part, len(g.free) + self.nb + len(event))
             found.append((operand, Structured(part, ties, g.basis, event)))
         return found
+
+
+def labelled(
+    canonical: Canonical, node: fx.Node
+) -> tuple[list[list[Label]], list[Label], dict[Label, int]]:
+    """Labels of the event axes of each operand and of the result, and their sizes."""
+    known = fact(node)
+    assert known is not None
+    sizes: dict[Label, int] = {}
+    inputs: list[list[Label]] = []
+    event = canonical.event(node)
+    if isinstance(known.kind, Multilinear):
+        output = list(known.kind.output[canonical.batch_ndim :])
+        for operand, given in zip(known.operands, known.kind.inputs, strict=True):
+            batched = fact(operand) is not None
+            inputs.append(list(given[canonical.batch_ndim :] if batched else given))
+    else:
+        output = [("e", i) for i in range(len(event))]
+        for operand in known.operands:
+            shape = tuple(operand.meta["val"].shape)
+            if fact(operand) is not None:
+                shape = shape[canonical.batch_ndim :]
+            tail = output[len(output) - min(len(shape), len(output)) :]
+            own: list[Label] = [("lead", i) for i in range(len(shape) - len(tail))]
+            for i, (label, size) in enumerate(zip(tail, shape[len(own) :], strict=True)):
+                wide = event[len(output) - len(tail) + i] != size
+                own.append(("one", i) if wide else label)
+            inputs.append(own)
+    for operand, labels in zip(known.operands, inputs, strict=True):
+        shape = tuple(operand.meta["val"].shape)
+        for label, size in zip(labels, shape[len(shape) - len(labels) :], strict=True):
+            if not isinstance(label, str):
+                sizes[label] = max(sizes.get(label, 1), int(size))
+    sizes.update(zip(output, event, strict=True))
+    return inputs, output, sizes
