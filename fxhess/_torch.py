@@ -345,29 +345,6 @@ def transforming() -> bool:
         return True
 
 
-def _find_onednn_linear() -> Callable[..., torch.Tensor] | None:
-    if not torch.backends.mkldnn.is_available():
-        return None
-    try:
-        op = torch.ops.mkldnn._linear_pointwise
-        one = torch.ones(2, 2)
-        op(one, one, None, "none", [], "")
-    except (AttributeError, RuntimeError):
-        return None
-    return lambda rows, weight: op(rows, weight, None, "none", [], "")
-
-
-_onednn_linear = _find_onednn_linear()
-
-
-def onednn_linear(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``rows @ weight.T`` by oneDNN for float32 on CPUs, otherwise by ``F.linear``.  Has no
-    derivative formula."""
-    if _onednn_linear is not None and rows.device.type == "cpu":
-        return _onednn_linear(rows, weight)
-    return torch.nn.functional.linear(rows, weight)
-
-
 def outside_of_modes() -> contextlib.AbstractContextManager[Any]:
     """Inside, no tracing mode sees what is computed; where PyTorch has none such, nothing changes
     and what needs it is not traced."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fxhess.errors import InputError
+from fxhess.execute import Running
 from fxhess.module import OUTPUTS, HessianModule
 from fxhess.passes.plan import STRATEGIES
 
@@ -21,6 +22,8 @@ def transform(
     example: torch.Tensor | None = None,
     strategy: str = "auto",
     fallback: str = "allow",
+    compile: bool = False,
+    max_memory: int | None = None,
 ) -> HessianModule:
     """A module that returns per-sample derivatives of ``model``, exact and batched.
 
@@ -40,6 +43,10 @@ def transform(
         fallback: what to do where the derivatives of an operation without a rule cannot be written
             as plain operations: ``"allow"`` takes them by autograd at every call, exact but slower
             (``explain`` says where), ``"error"`` refuses.
+        compile: run the generated code through ``torch.compile``, once for all batch sizes (and
+            once more for a batch of one): a first call of seconds, faster ones after.
+        max_memory: bytes that a call may allocate, its result included (a given ``out`` is not):
+            the batch runs in tiles that fit.  None: tiles that suit the device's cache.
 
     Raises:
         InputError: an unknown output or strategy, or an x that does not fit.
@@ -74,8 +81,15 @@ def transform(
         raise InputError(f"a model is a module or a function, not {type(model).__name__}")
     if event_ndim < 0:
         raise InputError(f"event_ndim counts axes; {event_ndim} is negative")
+    if max_memory is not None and max_memory <= 0:
+        raise InputError(f"max_memory counts bytes; {max_memory} is none")
     hess = HessianModule(
-        model, outputs if isinstance(outputs, str) else names, event_ndim, strategy, fallback
+        model,
+        outputs if isinstance(outputs, str) else names,
+        event_ndim,
+        strategy,
+        fallback,
+        Running(compile, max_memory),
     )
     if example is not None:
         hess.specialize(example)

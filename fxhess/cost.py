@@ -195,6 +195,14 @@ def total(nodes: Iterable[fx.Node], rates: Rates) -> float:
     )
 
 
+def own_bytes(node: fx.Node) -> int:
+    """Bytes of memory that an operation's result takes, 0 where it is a view."""
+    value = node.meta.get(VAL)
+    if not isinstance(value, torch.Tensor) or not flops(node):
+        return 0
+    return value.numel() * value.element_size()
+
+
 def peak_bytes(nodes: Sequence[fx.Node]) -> int:
     """Bytes alive at once, if each value dies after its last use."""
     last: dict[fx.Node, int] = {}
@@ -204,11 +212,7 @@ def peak_bytes(nodes: Sequence[fx.Node]) -> int:
     alive = peak = 0
     sizes: dict[fx.Node, int] = {}
     for i, node in enumerate(nodes):
-        value = node.meta.get(VAL)
-        own = 0
-        if isinstance(value, torch.Tensor) and flops(node):
-            own = value.numel() * value.element_size()
-        sizes[node] = own
+        own = sizes[node] = own_bytes(node)
         alive += own
         peak = max(peak, alive)
         for operand in node.all_input_nodes:

@@ -1,25 +1,29 @@
-"""Running a program without autograd: weights' work once, the batch in tiles that fit the cache,
-each tile writing into its rows of one preallocated result."""
+"""Running a program without autograd: weights' work once, the batch in tiles that fit the cache or
+a given memory, each tile writing into its rows of one preallocated result."""
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxhess import cost, memory
+from fxhess import _running, cost, memory
 from fxhess.emit import VAL
-from fxhess.kernels import use_fast_kernels, write_results
+from fxhess.errors import InputError
+from fxhess.kernels import for_compiler, use_fast_kernels, write_results
 from fxhess.passes.hoist import hoist
 from fxhess.passes.simplify import is_repeatable
 
-_WORTHWHILE = 5_000_000  # operations
-
-
+_WORTHWHILE = 5_000_000  # operations; below, the fixed cost of this way of running shows
+_WORTH_A_CALL = 30_000  # operations a sample; below, a compiler does better with all it can see
 _WORTH_KEEPING = 8  # operations of the prologue for each entry of the tensors it depends on
+_UNSEEN = 2 << 20  # bytes that kernels use for themselves
 
 
 class Hoisted:
@@ -42,28 +46,48 @@ class Hoisted:
         return kept[1]
 
 
+@dataclass(frozen=True)
+class Running:
+    """How to run: ``compile`` the generated code with ``torch.compile``; ``max_memory``: bytes
+    that a call may take besides x and a given result, None for what suits the device."""
+
+    compile: bool = False
+    max_memory: int | None = None
+
+
+PLAIN = Running()
+
+
 @dataclass
 class Execution:
     """A program split for running without autograd.
 
     ``prologue`` maps the model's tensors to what the body needs of them; ``body`` takes x, these
     and the results to write into.  ``per_sample``: bytes of working memory a sample needs at the
-    peak; ``flops`` and ``prologue_flops``: operations a sample and the prologue take; estimates.
-    ``tiled``: whether samples may be run apart (no random numbers).
+    peak; ``hoisted``: bytes of what the prologue gives; ``flops`` and ``prologue_flops``:
+    operations a sample and the prologue take; estimates.  ``tiled``: whether samples may be run
+    apart (no random numbers).
     """
 
     prologue: fx.GraphModule
     body: fx.GraphModule
     shapes: list[tuple[int, ...]]
     dtypes: list[torch.dtype]
+    batch_ndim: int
     per_sample: int
+    hoisted: int
     flops: int
     prologue_flops: int
     tiled: bool
 
-    def worthwhile(self, x: torch.Tensor, batch_ndim: int) -> bool:
+    def worthwhile(self, x: torch.Tensor) -> bool:
         """Whether the work is large enough for its fixed cost, a few more microseconds."""
-        return x.shape[:batch_ndim].numel() * self.flops >= _WORTHWHILE
+        return x.shape[: self.batch_ndim].numel() * self.flops >= _WORTHWHILE
+
+    @property
+    def worth_a_call(self) -> bool:
+        """Whether a compiler that meets it does better to call it as one operator."""
+        return self.flops >= _WORTH_A_CALL and self.batch_ndim > 0
 
     @classmethod
     def of(cls, module: fx.GraphModule, batch_ndim: int, summed: bool) -> Execution | None:
@@ -72,7 +96,7 @@ class Execution:
         graph = module.graph
         (values,) = next(n for n in graph.nodes if n.op == "output").args
         results = [values] if isinstance(values, fx.Node) else list(values)  # type: ignore[arg-type]
-        if batch_ndim == 0 or any(r.op == "placeholder" for r in results):  # type: ignore[union-attr]
+        if any(r.op == "placeholder" for r in results):  # type: ignore[union-attr]
             return None
         vals = [r.meta[VAL] for r in results]  # type: ignore[union-attr]
         if any(v.ndim < batch_ndim for v in vals):
@@ -80,7 +104,10 @@ class Execution:
         calls = [n for n in graph.nodes if n.op.startswith("call")]
         prologue, body = hoist(graph)
         nominal = next(iter(graph.nodes)).meta[VAL].shape[:batch_ndim].numel()
-        peak = cost.peak_bytes([n for n in body.nodes if n.op.startswith("call")])
+        inner = [n for n in body.nodes if n.op.startswith("call")]
+        peak = cost.peak_bytes(inner)
+        given = [n for n in body.nodes if n.op == "placeholder"][1:]
+        kept = sum(_bytes(n) for n in given)
         write_results(use_fast_kernels(body))
         empty = torch.nn.Module()
         return cls(
@@ -88,23 +115,38 @@ class Execution:
             fx.GraphModule(empty, body, "Body"),
             [tuple(v.shape[batch_ndim:]) for v in vals],
             [v.dtype for v in vals],
+            batch_ndim,
             max(1, peak // max(1, nominal)),
+            kept,
             sum(map(cost.flops, calls)) // max(1, nominal),
             sum(map(cost.flops, prologue.nodes)),
             all(is_repeatable(n) for n in calls if n.op == "call_function") and not summed,
         )
 
+    @cached_property
+    def compiled(self) -> Callable[..., None]:
+        """The body, compiled at its first call, once for all sizes of tiles but 1."""
+        body = fx.GraphModule(torch.nn.Module(), for_compiler(self.body.graph), "CompiledBody")
+        return _running.compiled(body, self.batch_ndim)
+
     def __call__(
         self,
         x: torch.Tensor,
         tensors: Sequence[torch.Tensor],
-        batch_ndim: int,
         out: Sequence[torch.Tensor] | None = None,
         kept: Hoisted | None = None,
+        running: Running = PLAIN,
     ) -> list[torch.Tensor]:
         """All results, written into ``out`` or into fresh tensors; ``kept`` holds what the
-        prologue gave from call to call."""
-        batch = x.shape[:batch_ndim]
+        prologue gave from call to call.
+
+        Raises:
+            InputError: ``running.max_memory`` does not suffice for one sample.
+        """
+        batch = x.shape[: self.batch_ndim]
+        step = self._tile(x, batch, out is None, running.max_memory)
+        if x.device.type == "cpu":
+            memory.keep_freed_blocks()
         if out is None:
             out = [
                 memory.empty((*batch, *shape), dtype, x.device)
@@ -112,39 +154,131 @@ class Execution:
             ]
         if batch.numel() == 0:
             return list(out)
-        if x.device.type == "cpu":
-            memory.keep_freed_blocks()
-        hoisted = self._hoisted(tensors, kept)
-        rows = batch[0]
-        step = self._tile(x, batch_ndim)
-        if step >= rows:
-            self.body.forward(x, *hoisted, *out)
-            return list(out)
-        for start in range(0, rows, step):
-            stop = min(rows, start + step)
-            self.body.forward(x[start:stop], *hoisted, *(o[start:stop] for o in out))
+        hoisted = self._prologue(x, tensors, kept)
+        body = self.compiled if running.compile else self.body.forward
+        if not batch or step >= batch[0]:
+            body(x, *hoisted, *out)
+        else:
+            _fill(body, x, hoisted, out, step)
         return list(out)
 
-    def _hoisted(self, tensors: Sequence[torch.Tensor], kept: Hoisted | None) -> Any:
+    def _prologue(
+        self, x: torch.Tensor, tensors: Sequence[torch.Tensor], kept: Hoisted | None
+    ) -> Any:
+        """What the body needs of the model's tensors.  Elsewhere than on CPUs it is made anew:
+        seeing that nothing changed would mean to wait for the device."""
         entries = sum(t.numel() for t in tensors)
         small = self.prologue_flops < _WORTH_KEEPING * entries
-        if kept is None or small or not self.tiled:
+        if kept is None or small or not self.tiled or x.device.type != "cpu":
             return self.prologue.forward(*tensors)
         return kept.get(tensors, self.prologue.forward)
 
-    def _tile(self, x: torch.Tensor, batch_ndim: int) -> int:
+    def needs(self, x: torch.Tensor) -> tuple[int, int]:
+        """Estimated bytes of a call: those that do not depend on the tile's size (results, what
+        the prologue gives, with copies to compare), and those of one entry of the first batch
+        axis."""
+        batch = x.shape[: self.batch_ndim]
+        results = sum(
+            batch.numel() * torch.Size(shape).numel() * dtype.itemsize
+            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
+        )
+        return results + 2 * self.hoisted + _UNSEEN, batch[1:].numel() * self.per_sample
+
+    def _tile(self, x: torch.Tensor, batch: torch.Size, fresh: bool, max_memory: int | None) -> int:
         """How many entries of the first batch axis make one tile."""
+        rows = batch[0] if batch else 1
         budget = cost.TILE_BYTES.get(x.device.type)
-        if budget is None or not self.tiled:
-            return x.shape[0]
-        inner = x.shape[1:batch_ndim].numel()
-        count = -(-x.shape[0] * inner * self.per_sample // budget)  # tiles, rounded up
-        return -(-x.shape[0] // max(1, count))
+        fixed, one = self.needs(x)
+        if max_memory is not None:
+            if not fresh:
+                fixed = 2 * self.hoisted + _UNSEEN
+            spare = max_memory - fixed
+            least = one if self.tiled else rows * one
+            if spare < least and rows:
+                raise InputError(
+                    f"max_memory={max_memory} bytes do not suffice:"
+                    f" {'the result and ' if fresh else ''}one tile take about {fixed + least}",
+                    hint="a smaller batch, out= for the result, or outputs that need less than H",
+                )
+            budget = spare if budget is None else min(budget, spare)
+        if budget is None or not self.tiled or rows == 0:
+            return rows
+        count = -(-rows * one // budget)  # tiles, rounded up
+        return -(-rows // min(rows, max(1, count)))
+
+
+def _bytes(node: fx.Node) -> int:
+    value = node.meta.get(VAL)
+    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
+
+
+def _fill(
+    body: Callable[..., None],
+    x: torch.Tensor,
+    hoisted: Sequence[Any],
+    out: Sequence[torch.Tensor],
+    step: int,
+) -> None:
+    """Run tile by tile; where memory runs out, once more with tiles half as large."""
+    start, halved = 0, False
+    while start < x.shape[0]:
+        stop = min(x.shape[0], start + step)
+        try:
+            body(x[start:stop], *hoisted, *(o[start:stop] for o in out))
+        except Exception as error:
+            if halved or step == 1 or not _running.is_out_of_memory(error):
+                raise
+            step, halved = step // 2, True
+            continue
+        start = stop
 
 
 def run_whole(
-    module: fx.GraphModule, x: torch.Tensor, tensors: Sequence[torch.Tensor]
+    module: Callable[..., Any], x: torch.Tensor, tensors: Sequence[torch.Tensor]
 ) -> list[Any]:
     """All results of the plain program."""
     result = module(x, *tensors)
     return list(result) if isinstance(result, tuple) else [result]
+
+
+# --- as one operator, for programs that a compiler traces --------------------------------------
+
+
+@dataclass(eq=False)
+class Runner:
+    """An execution with one model's hoisted values, as the operator finds it by number."""
+
+    execution: Execution
+    kept: Hoisted
+    number: int = field(default_factory=itertools.count().__next__)
+
+    def __post_init__(self) -> None:
+        _runners[self.number] = self
+
+    def traced(self, x: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """All results, as one call in the graph of whoever traces."""
+        return list(torch.ops.fxhess.derivatives(x, list(tensors), self.number))
+
+
+_runners: weakref.WeakValueDictionary[int, Runner] = weakref.WeakValueDictionary()
+
+
+def _derivatives(x: torch.Tensor, tensors: list[torch.Tensor], runner: int) -> list[torch.Tensor]:
+    found = _runners[runner]
+    return found.execution(x, tensors, None, found.kept, Running(compile=True))
+
+
+def _derivatives_like(
+    x: torch.Tensor, tensors: list[torch.Tensor], runner: int
+) -> list[torch.Tensor]:
+    execution = _runners[runner].execution
+    batch = x.shape[: execution.batch_ndim]
+    return [
+        x.new_empty((*batch, *shape), dtype=dtype)
+        for shape, dtype in zip(execution.shapes, execution.dtypes, strict=True)
+    ]
+
+
+torch.library.define("fxhess::derivatives", "(Tensor x, Tensor[] tensors, int runner) -> Tensor[]")
+torch.library.impl("fxhess::derivatives", "CompositeExplicitAutograd", _derivatives)
+torch.library.register_fake("fxhess::derivatives", _derivatives_like)

@@ -13,18 +13,21 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxhess import _torch, triangle
+from fxhess import _running, triangle
 from fxhess.emit import VAL
+from fxhess.passes.fuse import fuse
 
 # Below this many entries of the matrix, the default product's lower overhead wins.
 _SMALL_MATRIX = 1024
 _SMALL_ROWS = 16
+# A compiler's own product, fused with what surrounds it, wins below this.
+_LARGE_MATRIX = 4096
 
 
 def flat_product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """``rows @ matrix`` for rows ``[.., k]`` and a matrix ``[k, n]``."""
     if rows.numel() >= _SMALL_ROWS * rows.shape[-1]:
-        return _torch.onednn_linear(rows, matrix.t())
+        return _running.onednn_linear(rows, matrix.t())
     return torch.matmul(rows, matrix)
 
 
@@ -38,6 +41,26 @@ def use_fast_kernels(graph: fx.Graph) -> fx.Graph:
         if plain and matrix.numel() >= _SMALL_MATRIX:
             node.target = flat_product
     return graph
+
+
+torch.library.define("fxhess::flat_product", "(Tensor rows, Tensor matrix) -> Tensor")
+torch.library.impl("fxhess::flat_product", "CompositeExplicitAutograd", flat_product)
+
+
+@torch.library.register_fake("fxhess::flat_product")
+def _flat_product_like(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    return rows.new_empty((*rows.shape[:-1], matrix.shape[-1]))
+
+
+def for_compiler(graph: fx.Graph) -> fx.Graph:
+    """A copy for compiling: kernels that PyTorch's compiler does not know as operators of their
+    own where they win over its own choice, and tiny products as sums, which it fuses."""
+    copy = fuse(graph)
+    for node in copy.nodes:
+        if node.target is flat_product:
+            large = node.args[1].meta[VAL].numel() >= _LARGE_MATRIX
+            node.target = torch.ops.fxhess.flat_product.default if large else torch.matmul
+    return copy
 
 
 _IN_PLACE_FORMS = {

@@ -18,7 +18,7 @@ from fxhess.cache import programs
 from fxhess.capture import capture
 from fxhess.closures import FunctionModule, as_module
 from fxhess.errors import CaptureError, InputError
-from fxhess.execute import Hoisted, run_whole
+from fxhess.execute import PLAIN, Hoisted, Runner, Running, run_whole
 from fxhess.explain import Explanation
 from fxhess.pipeline import Options, Program, compile_captured, key_of
 from fxhess.sources import Source, read_tensors, tracing_elsewhere
@@ -45,6 +45,13 @@ class Binding:
     symbols: tuple[Any, ...]
     generation: int
     hoisted: Hoisted = field(default_factory=Hoisted)
+    # The program as one operator, where it can be one; made now: a compiler that traces a call
+    # must find it ready.
+    runner: Runner | None = None
+
+    def __post_init__(self) -> None:
+        if self.program.execution is not None:
+            self.runner = Runner(self.program.execution, self.hoisted)
 
     def holds(self, x: torch.Tensor) -> bool:
         """Whether the batch sizes are among those that the model was traced for."""
@@ -61,12 +68,14 @@ class HessianModule(nn.Module):
         event_ndim: int,
         strategy: str = "auto",
         fallback: str = "allow",
+        running: Running = PLAIN,
     ) -> None:
         super().__init__()
         self.model = as_module(model)
         self.outputs = outputs
         names = (outputs,) if isinstance(outputs, str) else outputs
         self.options = Options(names, event_ndim, strategy, fallback)
+        self.running = running
         self._bindings: dict[Any, list[Binding]] = {}
         self._lock = threading.RLock()
         self.training = self.model.training
@@ -103,29 +112,37 @@ class HessianModule(nn.Module):
                 execution = program.execution
                 if execution is None:
                     return out.copy_(program.graph_module(x, *tensors))
-                return execution(x, tensors, program.batch_ndim, [out], binding.hoisted)[0]
-        if self._plain_run(program, x, tensors):
-            execution = program.execution
-            assert execution is not None
-            results = execution(x, tensors, program.batch_ndim, None, binding.hoisted)
-        elif torch.compiler.is_compiling():
-            results = run_whole(program.fused, x, tensors)
-        else:
-            results = run_whole(program.graph_module, x, tensors)
+                return execution(x, tensors, [out], binding.hoisted, self.running)[0]
+        results = self._run(binding, x, tensors)
         return results[0] if isinstance(self.outputs, str) else result_type(self.outputs)(*results)
 
-    @staticmethod
-    def _plain_run(program: Program, x: torch.Tensor, tensors: list[torch.Tensor]) -> bool:
-        """Whether nothing but numbers is wanted (no gradient, no tracing, no functional
-        transform) and there is enough work for the faster way of running."""
-        if torch.compiler.is_compiling() or type(x) not in (torch.Tensor, nn.Parameter):
-            return False
-        if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors)):
-            return False
+    def _run(
+        self, binding: Binding, x: torch.Tensor, tensors: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """All results: in tiles where nothing but numbers is wanted and there is enough work for
+        it, otherwise by the plain program, which autograd and functional transforms see."""
+        program, running = binding.program, self.running
+        wanted = torch.is_grad_enabled() and (
+            x.requires_grad or any(t.requires_grad for t in tensors)
+        )
+        if torch.compiler.is_compiling():
+            runner = binding.runner
+            whole = wanted or runner is None or not runner.execution.worth_a_call
+            if whole or torch.compiler.is_exporting():
+                return run_whole(program.fused, x, tensors)
+            return runner.traced(x, tensors)  # type: ignore[union-attr]
+        if type(x) not in (torch.Tensor, nn.Parameter) or _torch.transforming():
+            return run_whole(program.graph_module, x, tensors)
         execution = program.execution
-        if execution is None or not execution.worthwhile(x, program.batch_ndim):
-            return False
-        return not _torch.transforming()
+        if running.max_memory is not None:
+            program.check_memory(x, wanted, running.max_memory)
+        if (
+            not wanted
+            and execution is not None
+            and (running.max_memory is not None or execution.worthwhile(x))
+        ):
+            return execution(x, tensors, None, binding.hoisted, running)
+        return run_whole(program.compiled if running.compile else program.graph_module, x, tensors)
 
     def _check_out(self, binding: Binding, x: torch.Tensor, out: torch.Tensor) -> None:
         if len(self.options.outputs) != 1:

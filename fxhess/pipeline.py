@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,8 +16,11 @@ import torch
 from torch import fx
 
 import fxhess.rules  # noqa: F401  (fills the registry)
+from fxhess import cost
+from fxhess._running import compiled
 from fxhess.capture import Captured
-from fxhess.errors import Origin
+from fxhess.emit import VAL
+from fxhess.errors import InputError, Origin
 from fxhess.execute import Execution
 from fxhess.passes.activity import mark_activity
 from fxhess.passes.canonicalize import canonicalize
@@ -70,6 +73,31 @@ class Program:
     def execution(self) -> Execution | None:
         """The program split for running without autograd, or None where it cannot be."""
         return Execution.of(self.graph_module, self.batch_ndim, self.summed)
+
+    def check_memory(self, x: torch.Tensor, wanted: bool, limit: int) -> None:
+        """Refuse to run where the whole program has to (gradients are ``wanted``, or it cannot
+        be cut by samples) and that takes more than ``limit`` bytes.
+
+        Raises:
+            InputError: it does.
+        """
+        if self.execution is not None and not wanted:
+            return
+        calls = [n for n in self.graph_module.graph.nodes if n.op.startswith("call")]
+        nominal = next(iter(self.graph_module.graph.nodes)).meta[VAL].shape[: self.batch_ndim]
+        taken = sum(map(cost.own_bytes, calls)) if wanted else cost.peak_bytes(calls)
+        taken = taken * x.shape[: self.batch_ndim].numel() // max(1, nominal.numel())
+        if taken > limit:
+            raise InputError(
+                f"max_memory={limit} bytes do not suffice: about {taken} are needed"
+                + (" to keep what gradients through the result need" if wanted else ""),
+                hint="torch.no_grad(), or weights that do not require grad" if wanted else "",
+            )
+
+    @cached_property
+    def compiled(self) -> Callable[..., Any]:
+        """The whole program, compiled at its first call."""
+        return compiled(self.fused, self.batch_ndim)
 
 
 def key_of(captured: Captured, x: torch.Tensor, options: Options) -> str:

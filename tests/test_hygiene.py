@@ -25,10 +25,12 @@ EVERYTHING = SOURCES + sorted(
 # for all modules of these packages.
 LAYERS = (
     {"errors"},
-    {"emit", "kinds", "_torch", "functions", "closures", "oracle", "sources", "triangle"},
+    {"emit", "kinds", "triangle", "_torch", "_running"},
+    {"functions", "closures", "oracle", "sources"},
     {"registry", "facts", "cost", "structure", "contraction", "capture", "arrangement"},
-    {"splice", "graft", "derive", "kernels", "memory", "_batched"},
+    {"splice", "graft", "derive", "memory", "_batched"},
     {"passes", "rules"},
+    {"kernels"},
     {"execute", "pipeline"},
     {"cache", "explain", "verify"},
     {"module"},
