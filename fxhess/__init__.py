@@ -19,6 +19,7 @@ if os.path.isfile(os.path.join(_root, "rules", "elementwise.py")) and os.path.is
 from fxhess import kinds, testing  # noqa: E402
 from fxhess.api import transform  # noqa: E402
 from fxhess.cache import CacheInfo, cache_clear, cache_info  # noqa: E402
+from fxhess.calibrate import calibrate  # noqa: E402
 from fxhess.errors import (  # noqa: E402
     CaptureError,
     FxhessError,
@@ -29,6 +30,7 @@ from fxhess.errors import (  # noqa: E402
     UnsupportedOpError,
 )
 from fxhess.module import HessianModule  # noqa: E402
+from fxhess.rates import Rates  # noqa: E402
 from fxhess.registry import Rule, register_rule  # noqa: E402
 from fxhess.verify import VerificationError  # noqa: E402
 
@@ -44,6 +46,7 @@ __all__ = [
     "HessianModule",
     "InputError",
     "InternalError",
+    "Rates",
     "Rule",
     "RuleError",
     "SampleMixingError",
@@ -52,6 +55,7 @@ __all__ = [
     "__version__",
     "cache_clear",
     "cache_info",
+    "calibrate",
     "kinds",
     "register_rule",
     "testing",

@@ -1,9 +1,7 @@
-"""What an operation costs, in seconds on a device: a small table of rates.
+"""What an operation costs, in seconds on a device, by its rates.
 
 The planner compares programs by these seconds, not by operation counts: a flat matrix product, a
 batched one and a pass over memory differ several times in what they get out of the machine.
-Built-in rates are those of two cores of a server CPU and of one data-centre GPU;
-:func:`fxhess.calibrate` measures those of this machine.
 """
 
 from __future__ import annotations
@@ -11,73 +9,15 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from fxhess.emit import ROLE, VAL, VARIES
+from fxhess.rates import Curve, Rates
 
 # Working memory of a tile: half of the outer cache that a few cores share.
 TILE_BYTES = {"cpu": 16 << 20}
-
-Curve = tuple[tuple[float, float], ...]
-
-
-@dataclass(frozen=True)
-class Rates:
-    """How fast a device is, for numbers of one type.
-
-    ``flat``, ``batched``: operations a second (multiply-adds times two) of a matrix product with
-    one matrix for all rows, and of many small ones, by size (see :func:`side`);
-    ``convolution``: the same of a small convolution; ``stream``, ``scattered``: bytes a second of
-    a pointwise pass over what lies in the cache, in the order of memory and in another;
-    ``gather``: entries a second read by index; ``special``: values of tanh a second; ``memory``:
-    bytes a second to and from main memory; ``launch``: seconds an operation costs whatever its
-    size.
-    """
-
-    flat: Curve
-    batched: Curve
-    convolution: float
-    stream: float
-    scattered: float
-    gather: float
-    special: float
-    memory: float
-    launch: float
-
-
-# Two cores of an AMD EPYC and the published figures of an NVIDIA A100, in round numbers.
-_CPU_32 = Rates(
-    flat=((2, 5e9), (8, 3.4e10), (16, 1.3e11), (32, 2.9e11), (64, 4.3e11), (256, 4.5e11)),
-    batched=((2, 2e9), (8, 3.5e10), (16, 1e11), (32, 1.6e11), (256, 2e11)),
-    convolution=1.2e11, stream=1.5e11, scattered=4.5e10, gather=3e9, special=9e8,
-    memory=3e10, launch=2e-6,
-)  # fmt: skip
-_CPU_64 = Rates(
-    flat=((2, 5e9), (8, 1.5e10), (16, 2.7e10), (64, 6e10), (256, 9.5e10)),
-    batched=((2, 1.5e9), (8, 1.2e10), (16, 3e10), (32, 5.5e10), (256, 1e11)),
-    convolution=5e10, stream=1.5e11, scattered=9e10, gather=6e8, special=5e8,
-    memory=3e10, launch=2e-6,
-)  # fmt: skip
-_GPU_32 = Rates(
-    flat=((8, 1e12), (64, 1e13), (256, 1.5e13)), batched=((8, 5e11), (64, 8e12), (256, 1.3e13)),
-    convolution=8e12, stream=1.5e12, scattered=6e11, gather=1e11, special=5e11,
-    memory=1.5e12, launch=6e-6,
-)  # fmt: skip
-_GPU_64 = Rates(
-    flat=((8, 5e11), (64, 6e12), (256, 1.2e13)), batched=((8, 3e11), (64, 4e12), (256, 9e12)),
-    convolution=4e12, stream=1.5e12, scattered=6e11, gather=1e11, special=1e11,
-    memory=1.5e12, launch=6e-6,
-)  # fmt: skip
-BUILT_IN = {
-    ("cpu", 4): _CPU_32,
-    ("cpu", 8): _CPU_64,
-    ("cuda", 4): _GPU_32,
-    ("cuda", 8): _GPU_64,
-}
-MEASURED: dict[tuple[str, int], Rates] = {}  # what calibration found; it goes before BUILT_IN
 
 _KEPT = 0.1  # the share of calls that find hoisted work outdated
 _CACHED = 1 << 21  # bytes that a tile's products find in the cache again
@@ -94,14 +34,6 @@ _VIEWS = frozenset(
     {"getitem", "permute", "expand", "unflatten", "squeeze", "unsqueeze", "t", "alias", "movedim",
      "transpose", "sym_size", "view", "detach", "narrow", "slice"}
 )  # fmt: skip
-
-
-def rates_for(device: torch.device, dtype: torch.dtype) -> Rates:
-    """The rates of a device's kind, for numbers as wide as ``dtype``."""
-    width = 8 if dtype.itemsize == 8 else 4
-    kind = device.type if (device.type, width) in BUILT_IN else "cpu"
-    key = (kind, width)
-    return MEASURED.get(key, BUILT_IN[key])
 
 
 def name_of(node: fx.Node) -> str:

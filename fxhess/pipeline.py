@@ -30,6 +30,7 @@ from fxhess.passes.fuse import fuse, fusible
 from fxhess.passes.lower import lower
 from fxhess.passes.plan import plan as make_plan
 from fxhess.passes.simplify import simplify
+from fxhess.rates import rates_for
 from fxhess.registry import version
 from fxhess.splice import slow_nodes
 
@@ -102,7 +103,7 @@ class Program:
 
 def key_of(captured: Captured, x: torch.Tensor, options: Options) -> str:
     """What two captured models must have in common to share a program: the structure of the
-    graph, shapes, types, device kind, options and the table of rules."""
+    graph, shapes, types, device kind, options, the device's rates and the table of rules."""
     digest = hashlib.sha256()
     index: dict[fx.Node, int] = {}
 
@@ -128,6 +129,7 @@ def key_of(captured: Captured, x: torch.Tensor, options: Options) -> str:
     facts = (
         index[captured.output], captured.symbols, captured.guards, nb,
         tuple(x.shape[nb:]), x.dtype, str(x.device), options, version(), torch.__version__,
+        rates_for(x.device, x.dtype),
     )  # fmt: skip
     digest.update(repr(facts).encode())
     return digest.hexdigest()

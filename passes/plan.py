@@ -19,13 +19,14 @@ from dataclasses import dataclass
 import networkx as nx
 from torch import fx
 
-from fxhess.cost import Rates, rates_for, total
+from fxhess.cost import total
 from fxhess.emit import VAL
 from fxhess.errors import InputError
 from fxhess.facts import Canonical, dataflow, fact
 from fxhess.kinds import is_curved
 from fxhess.passes.differentiate import Draft, Piece
 from fxhess.passes.halves import Half
+from fxhess.rates import Rates, rates_for
 
 STRATEGIES = ("auto", "close", "pull", "rebase")
 _WINDOW = 5  # how many candidates ahead the next base is looked for, at most

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
@@ -10,6 +11,9 @@ import torch
 
 import fxhess
 from fxhess import registry
+
+# Plans of the built-in rates, in all processes started here; not of what this machine keeps.
+os.environ["FXHESS_CACHE"] = "0"
 
 # The same examples at every run; `--hypothesis-profile=search` looks for new ones.
 hypothesis.settings.register_profile(

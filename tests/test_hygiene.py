@@ -25,14 +25,14 @@ EVERYTHING = SOURCES + sorted(
 # for all modules of these packages.
 LAYERS = (
     {"errors"},
-    {"emit", "kinds", "triangle", "_torch", "_running"},
+    {"emit", "kinds", "triangle", "_torch", "_running", "store", "clock", "rates"},
     {"functions", "closures", "oracle", "sources"},
     {"registry", "facts", "cost", "structure", "contraction", "capture", "arrangement"},
     {"splice", "graft", "derive", "memory", "_batched"},
     {"passes", "rules"},
     {"kernels"},
     {"execute", "pipeline"},
-    {"cache", "explain", "verify"},
+    {"cache", "explain", "verify", "calibrate"},
     {"module"},
     {"api"},
     {"testing", "demo"},

@@ -1,0 +1,48 @@
+"""How long a call takes on a device."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def seconds_of(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
+    """Seconds of one call, the mean of ``repeats``; all work on the device is waited for."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(repeats):
+                call()
+            stop.record()
+            stop.synchronize()
+            return start.elapsed_time(stop) / 1e3 / repeats
+    _wait(device)
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    _wait(device)
+    return (time.perf_counter() - begin) / repeats
+
+
+def median_seconds(call: Callable[[], object], device: torch.device, budget: float) -> float:
+    """The median of a few runs after a first one, which is all that is run where it already
+    takes longer than the ``budget`` of seconds."""
+    begin = time.perf_counter()
+    times = [seconds_of(call, device)]
+    runs = []
+    while len(runs) < _RUNS and time.perf_counter() - begin + min(times) < budget:
+        runs.append(seconds_of(call, device))
+        times.append(runs[-1])
+    return statistics.median(runs or times)
+
+
+_RUNS = 25
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
