@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+_RUNS = 25  # at most
+
 
 def seconds_of(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
     """Seconds of one call, the mean of ``repeats``; all work on the device is waited for."""
@@ -29,18 +31,16 @@ def seconds_of(call: Callable[[], object], device: torch.device, repeats: int = 
 
 
 def median_seconds(call: Callable[[], object], device: torch.device, budget: float) -> float:
-    """The median of a few runs after a first one, which is all that is run where it already
-    takes longer than the ``budget`` of seconds."""
-    begin = time.perf_counter()
+    """The median of a few runs that together take about ``budget`` seconds; of a call that takes
+    longer, the first run is the only one."""
+    first = seconds_of(call, device)
+    if first > budget:
+        return first
+    end = time.perf_counter() + budget
     times = [seconds_of(call, device)]
-    runs = []
-    while len(runs) < _RUNS and time.perf_counter() - begin + min(times) < budget:
-        runs.append(seconds_of(call, device))
-        times.append(runs[-1])
-    return statistics.median(runs or times)
-
-
-_RUNS = 25
+    while len(times) < _RUNS and time.perf_counter() + times[-1] < end:
+        times.append(seconds_of(call, device))
+    return statistics.median(times)
 
 
 def _wait(device: torch.device) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,10 +11,16 @@ import torch
 from torch import fx
 
 from fxhess import cost
-from fxhess.emit import ORIGIN, ROLE, VAL, Emitter, Var
+from fxhess.clock import median_seconds
+from fxhess.emit import ORIGIN, ROLE, VAL, VARIES, Emitter, Var
+from fxhess.rates import rates_for
 
 if TYPE_CHECKING:
     from fxhess.pipeline import Options, Program
+
+
+_MEASURING = 0.3  # seconds that runs for a measured time may take
+_PRODUCTS = ("matmul", "mm", "bmm", "linear", "convolution")
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The plan for inputs of one shape; ``str()`` is a table for a terminal."""
+    """The plan for inputs of one shape; ``str()`` is a table for a terminal.
+
+    ``contractions``: name, purpose, shapes and operations of each matrix product; ``flops``:
+    operations in all, ``arithmetic``: those of the matrix products that every call runs (what
+    depends on weights alone is kept); ``predicted``: seconds of a call by the device's rates;
+    ``measured``: the median of a few calls without autograd, None where its result would take
+    too much of the device's memory.
+    """
 
     shape: tuple[int, ...]
     outputs: tuple[str, ...]
@@ -42,13 +56,21 @@ class Explanation:
     contractions: tuple[tuple[str, str, str, int], ...]
     operations: int
     flops: int
+    arithmetic: int
     peak_bytes: int
     predicted: float
+    measured: float | None
     notes: tuple[str, ...]
 
     @classmethod
-    def of(cls, program: Program, x: torch.Tensor, options: Options) -> Explanation:
-        """Read the plan off a program."""
+    def of(
+        cls,
+        program: Program,
+        x: torch.Tensor,
+        options: Options,
+        run: Callable[[torch.Tensor], object],
+    ) -> Explanation:
+        """Read the plan off a program, and time ``run(x)``."""
         rows = tuple(
             Row(
                 origin.op.removeprefix("aten.") if origin else "",
@@ -69,6 +91,7 @@ class Explanation:
             )
         if program.summed:
             notes.append("the model returns a plain sum over the batch of separate terms")
+        products = [n for n in nodes if cost.name_of(n) in _PRODUCTS]
         contractions = tuple(
             (
                 n.name,
@@ -76,23 +99,41 @@ class Explanation:
                 " @ ".join(str(list(i.meta[VAL].shape)) for i in n.all_input_nodes[:2]),
                 cost.flops(n),
             )
-            for n in nodes
-            if cost.name_of(n) in ("matmul", "mm", "bmm", "linear", "convolution")
+            for n in products
         )
-        rates = cost.rates_for(x.device, x.dtype)
+        (results,) = next(n for n in program.graph_module.graph.nodes if n.op == "output").args
+        names = [n.name for n in (results if isinstance(results, tuple) else (results,))]  # type: ignore[union-attr]
+        written = sum(_bytes(n.meta[VAL]) for n in nodes if n.name in names)
         return cls(
-            tuple(x.shape), options.outputs, program.summed, program.vector, tuple(program.bases),
-            rows, contractions, len(nodes), sum(map(cost.flops, nodes)), cost.peak_bytes(nodes),
-            cost.total(nodes, rates), tuple(notes),
-        )  # fmt: skip
+            shape=tuple(x.shape),
+            outputs=options.outputs,
+            summed=program.summed,
+            vector=program.vector,
+            bases=tuple(program.bases),
+            rows=rows,
+            contractions=contractions,
+            operations=len(nodes),
+            flops=sum(map(cost.flops, nodes)),
+            arithmetic=sum(cost.flops(n) for n in products if n.meta.get(VARIES, True)),
+            peak_bytes=cost.peak_bytes(nodes),
+            predicted=cost.total(nodes, rates_for(x.device, x.dtype)),
+            measured=_measured(run, x) if written < _room(x.device) else None,
+            notes=tuple(notes),
+        )
 
     def __str__(self) -> str:
         bases = " -> ".join(self.bases)
+        measured = (
+            "not measured: the result is too large to be made for that"
+            if self.measured is None
+            else f"{self.measured * 1e3:.3g} ms measured (without autograd)"
+        )
         lines = [
             f"{', '.join(self.outputs)} at x of shape {list(self.shape)}"
             + (" (vector outputs)" if self.vector else ""),
             f"{self.operations} operations, {_si(self.flops)}FLOP, about"
-            f" {_si(self.peak_bytes)}B at the peak, {self.predicted * 1e3:.3g} ms predicted",
+            f" {_si(self.peak_bytes)}B at the peak",
+            f"{self.predicted * 1e3:.3g} ms predicted, {measured}",
             f"tangents start at: {bases}",
             "",
         ]
@@ -129,6 +170,30 @@ def _at(graph: fx.Graph, x: torch.Tensor) -> fx.Graph:
                 values[node] = emitter.create_proxy(node.op, node.target, args, kwargs)  # type: ignore[arg-type]
             values[node].node.name = node.name
     return emitter.graph
+
+
+def _measured(run: Callable[[torch.Tensor], object], x: torch.Tensor) -> float | None:
+    """Seconds of a call without autograd; the state of the random numbers stays as it is."""
+    x = x.detach()
+    with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
+        try:
+            return median_seconds(lambda: run(x), x.device, _MEASURING)
+        except torch.OutOfMemoryError:
+            return None
+
+
+def _room(device: torch.device) -> float:
+    """Bytes that a result may take to be made for measuring only."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4
+    except (AttributeError, ValueError, OSError):  # a system without these names
+        return 1 << 30
+
+
+def _bytes(value: torch.Tensor) -> int:
+    return value.numel() * value.element_size()
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

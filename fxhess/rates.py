@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import platform
@@ -160,7 +161,7 @@ def _curve(value: Any) -> Curve | None:
     if not all(isinstance(p, list) and len(p) == 2 and all(map(_is_rate, p)) for p in value):
         return None
     sizes = [size for size, _ in value]
-    rising = all(a < b for a, b in zip(sizes, sizes[1:], strict=False))
+    rising = all(a < b for a, b in itertools.pairwise(sizes))
     return tuple((size, rate) for size, rate in value) if rising else None
 
 
