@@ -31,11 +31,9 @@ def seconds_of(call: Callable[[], object], device: torch.device, repeats: int = 
 
 
 def median_seconds(call: Callable[[], object], device: torch.device, budget: float) -> float:
-    """The median of a few runs that together take about ``budget`` seconds; of a call that takes
-    longer, the first run is the only one."""
-    first = seconds_of(call, device)
-    if first > budget:
-        return first
+    """The median of a few runs that together take about ``budget`` seconds (at least one), after
+    a first one that is not counted: it may build, compile or fetch what later ones find."""
+    call()
     end = time.perf_counter() + budget
     times = [seconds_of(call, device)]
     while len(times) < _RUNS and time.perf_counter() + times[-1] < end:

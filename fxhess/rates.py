@@ -146,7 +146,9 @@ def _read(facts: Mapping[str, Any]) -> Rates | None:
     names = {field.name for field in dataclasses.fields(Rates)}
     if document.get("machine") != facts or not isinstance(found, dict) or set(found) != names:
         return None
-    values = {name: _curve(v) if name in _CURVES else v for name, v in found.items()}
+    values: dict[str, Any] = {
+        name: _curve(v) if name in _CURVES else v for name, v in found.items()
+    }
     sound = all(v if name in _CURVES else _is_rate(v) for name, v in values.items())
     return Rates(**values) if sound else None
 
