@@ -38,7 +38,7 @@ def onednn_linear(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def compiled(module: torch.nn.Module, batch_ndim: int) -> Callable[..., Any]:
     """The module through ``torch.compile``, run without autograd: one compilation for all batch
     sizes (the leading axes of the tensors that have the first one's batch shape) but 1."""
-    fast = torch.compile(module, fullgraph=True)
+    fast = torch.compile(module.forward, fullgraph=True)
     mark = getattr(torch._dynamo, "maybe_mark_dynamic", None)
     marked = False
 

@@ -21,7 +21,7 @@ from fxhess.errors import CaptureError, InputError
 from fxhess.execute import PLAIN, Hoisted, Runner, Running, run_whole
 from fxhess.explain import Explanation
 from fxhess.pipeline import Options, Program, compile_captured, key_of
-from fxhess.sources import Source, read_tensors, tracing_elsewhere
+from fxhess.sources import Reader, Source, tracing_elsewhere
 from fxhess.verify import Verification, verify
 
 OUTPUTS = ("value", "gradient", "hessian")
@@ -40,6 +40,7 @@ class Binding:
 
     program: Program
     sources: list[Source]
+    read: Reader
     specs: list[tuple[torch.Size, torch.dtype, torch.device]]
     guards: tuple[Any, ...]
     symbols: tuple[Any, ...]
@@ -100,9 +101,14 @@ class HessianModule(nn.Module):
         binding = self._find(x)
         if binding is None:
             binding = self._specialize(x)
-        tensors = read_tensors(binding.sources, self.model)
+        tensors = binding.read()
         for tensor, spec in zip(tensors, binding.specs, strict=True):
-            if tensor.shape != spec[0] or tensor.dtype != spec[1] or tensor.device != spec[2]:
+            if (
+                tensor is None
+                or tensor.shape != spec[0]
+                or tensor.dtype != spec[1]
+                or tensor.device != spec[2]
+            ):
                 self._bindings.clear()  # the model was changed: trace it again
                 return self.forward(x, out=out)
         program = binding.program
@@ -229,6 +235,7 @@ class HessianModule(nn.Module):
             binding = Binding(
                 program,
                 captured.sources,
+                Reader(captured.sources, self.model),
                 [(t.shape, t.dtype, t.device) for t in tensors],
                 captured.guards,
                 captured.symbols,
