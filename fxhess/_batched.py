@@ -5,11 +5,9 @@ The second place that touches tracing internals of PyTorch, with a fallback wher
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -22,6 +20,7 @@ from fxhess._torch import (
     functional,
     newest_node,
     nodes_since,
+    quiet,
     size_expression,
     writes_in_place,
 )
@@ -74,7 +73,7 @@ def trace_batched(
     """
 
     def traced(mode: FakeTensorMode, sizes: Mapping[Any, Any]) -> fx.GraphModule:
-        with _quiet(), mode:
+        with quiet(), mode:
             inputs = [
                 torch.empty([evaluate(n, sizes) for n in shape], dtype=dtype, device=device)
                 for shape, dtype in zip(shapes, dtypes, strict=True)
@@ -167,18 +166,6 @@ def _generalized(first: fx.GraphModule, second: fx.GraphModule, count: int) -> f
         a.args, a.kwargs = args, dict(zip(a.kwargs, values, strict=True))
     first.recompile()
     return first
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """PyTorch logs what its shape functions cannot do; here it is an answer like any other."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def evaluate(size: Any, sizes: Mapping[Any, Any]) -> Any:

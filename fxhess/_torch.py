@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -125,7 +126,7 @@ def _trace_fake(
             if id(t) not in fakes:
                 fakes[id(t)] = mode.from_tensor(t, static_shapes=True).detach()
     # Leave fake tensors of tied weights distinct inputs: the caller passes distinct names.
-    with mode:
+    with quiet(), mode:
         graph_module = make_fx(
             torch.func.functionalize(function),
             decomposition_table=dict(decompositions),
@@ -244,6 +245,18 @@ def _expression(size: Any) -> Any:
 def size_expression(size: Any) -> Any:
     """A size as a sympy expression in the batch symbols."""
     return _expression(size)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """PyTorch logs what its shape functions cannot do; here it is an answer like any other."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def newest_node() -> fx.Node | None:

@@ -179,7 +179,12 @@ class Opaque:
                     a.captured(_take(t, index), ones)
                     for a, t in zip(inputs, canonical, strict=True)
                 ]
-                alone.append((index, region(sample, ones, False)))
+                try:
+                    alone.append((index, region(sample, ones, False)))
+                except Exception as error:
+                    raise self.layouts.mixing(
+                        f"has no value for a sample alone ({_brief(error)})"
+                    ) from error
         found = []
         for i, node in enumerate(region.outputs):
             shape = [_torch.size_expression(s) for s in node.meta["val"].shape]
@@ -269,6 +274,10 @@ class Opaque:
         if order == 1:
             return kinds.Linear(pull, push)
         return kinds.Smooth(push, pull, curve)
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _order(

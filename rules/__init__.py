@@ -19,7 +19,9 @@ from fxhess.rules import (
     reductions,
     resampling,
     shape,
+    sparse,
     special,
+    strides,
     writing,
     zero,
 )
@@ -41,7 +43,9 @@ __all__ = [
     "reductions",
     "resampling",
     "shape",
+    "sparse",
     "special",
+    "strides",
     "writing",
     "zero",
 ]

@@ -15,10 +15,10 @@ from fxhess.registry import aten, composite, substitute
 
 
 def _mask(input: torch.Tensor, p: float, features: bool = False) -> torch.Tensor:
-    """1 with probability 1 - p, else 0: for each entry, or for each feature ``[N, C]``."""
+    """1 with probability 1 - p, else 0: for each entry, or for each feature ``[N, C]``.  Drawn as
+    PyTorch does: at the same seed it is the mask that the model itself would use."""
     shape = [*input.shape[:2], *[1] * (input.ndim - 2)] if features else input.shape
-    noise = torch.rand(shape, dtype=input.dtype, device=input.device)
-    return (noise >= p).to(input.dtype)
+    return torch.bernoulli(input.new_empty(shape), 1 - p)
 
 
 def _dropped(input: torch.Tensor, p: float, training: bool, features: bool) -> torch.Tensor:

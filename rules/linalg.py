@@ -38,3 +38,24 @@ def det(A: torch.Tensor) -> Any:
         return NotImplemented
     LU, pivots, _ = aten.linalg_lu_factor_ex.default(A)
     return result, LU, pivots
+
+
+@composite(aten.linalg_lstsq.default)
+def lstsq(
+    self: torch.Tensor,
+    b: torch.Tensor,
+    rcond: float | None = None,
+    *,
+    driver: str | None = None,
+) -> Any:
+    """The solution of least norm: ``pinv(A) b``, whose derivatives hold where the rank is constant.
+    Residuals as for full rank."""
+    m, n = self.shape[-2:]
+    vector = b.ndim == self.ndim - 1 and b.shape == self.shape[:-1]
+    right = b.unsqueeze(-1) if vector else b
+    solution = torch.linalg.pinv(self, rtol=rcond) @ right
+    empty = self.new_empty(0)
+    missed = torch.sum(torch.square((self @ solution - right).abs()), -2) if m > n else empty
+    rank = torch.linalg.matrix_rank(self.detach())
+    values = torch.linalg.svdvals(self.detach()) if driver in ("gelsd", "gelss") else empty
+    return solution.squeeze(-1) if vector else solution, missed, rank, values

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
-from fxhess.registry import aten, composite
+from fxhess.registry import aten, composite, substitute
 
 Reduced = torch.Tensor
 
@@ -150,3 +152,15 @@ def multi_margin_loss(
     each = torch.where(others, excess * excess if p == 2 else excess, 0.0)
     loss = torch.sum(each, -1) / classes
     return _reduce(loss if weight is None else loss * _picked(weight, target, classes), reduction)
+
+
+# torch 2.13 has it.  Its chunks are computed with their gradients in the forward pass, for tensors
+# that require one, and cannot be differentiated twice: the plain path can.
+_linear_cross_entropy = getattr(F, "linear_cross_entropy", None)
+
+
+@substitute(*([] if _linear_cross_entropy is None else [_linear_cross_entropy]))
+def linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Reduced:
+    assert _linear_cross_entropy is not None
+    result: torch.Tensor = _linear_cross_entropy(*args, **kwargs)
+    return result

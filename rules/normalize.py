@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fxhess.registry import aten, composite
+from fxhess.registry import aten, composite, substitute
 from fxhess.rules.reductions import vector_norm
 
 Maybe = torch.Tensor | None
@@ -159,6 +159,20 @@ def batch_norm_with_update(
 ) -> tuple[torch.Tensor, ...]:
     results = _batch_norm(input, weight, bias, running_mean, running_var, True, eps)
     return *results, _no_reserve(input), running_mean, running_var
+
+
+# These update the running statistics, which the module of derivatives leaves alone.
+@substitute(aten._native_batch_norm_legit, getattr(torch, "_native_batch_norm_legit", None))
+def native_batch_norm_legit(input: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
+    *_, training, momentum, eps = args
+    if len(args) == 5:
+        return native_batch_norm_no_stats(input, args[0], args[1], training, momentum, eps)
+    return native_batch_norm(input, *args)
+
+
+@substitute(aten._batch_norm_with_update, aten._batch_norm_with_update.default)
+def batch_norm_with_update_in_place(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+    return batch_norm_with_update(*args, **kwargs)[:4]
 
 
 @composite(aten._batch_norm_no_update.default)

@@ -3,14 +3,13 @@ padding along them are linear; the rest is composed of these."""
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from fxhess.errors import SampleMixingError, UnsupportedOpError
+from fxhess.errors import SampleMixingError
 from fxhess.kinds import Along, Call, Equation, Linear, Reshape, Trailing
 from fxhess.registry import Rule, aten, composite, linear, multilinear, register_rule
 
@@ -98,27 +97,6 @@ def _identity(a: Mapping[str, Any]) -> Equation:
 
 for op in (aten.clone.default, aten.alias.default, aten.lift_fresh_copy.default):
     multilinear(op, _identity)
-
-
-@composite(aten.as_strided.default)
-def as_strided(
-    self: torch.Tensor,
-    size: Sequence[int],
-    stride: Sequence[int],
-    storage_offset: int | None = None,
-) -> torch.Tensor:
-    """Only where it is a view of the whole tensor: anything else reads memory, not axes."""
-    contiguous, step = [], 1
-    for n in reversed(size):
-        contiguous.append(step)
-        step = step * n
-    same = math.prod(size) == self.numel() and list(stride) == contiguous[::-1]
-    if storage_offset or not same or not self.is_contiguous():
-        raise UnsupportedOpError(
-            "as_strided reads the memory of a tensor, which the samples share",
-            hint="write it with view, slices or Tensor.unfold",
-        )
-    return self.reshape(size)
 
 
 @composite(aten.repeat.default)
