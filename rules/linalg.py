@@ -49,13 +49,16 @@ def lstsq(
     driver: str | None = None,
 ) -> Any:
     """The solution of least norm: ``pinv(A) b``, whose derivatives hold where the rank is constant.
-    Residuals as for full rank."""
+    Residuals, which the default driver of CPUs does not tell, as for full rank."""
+    driver = driver or ("gelsy" if self.device.type == "cpu" else "gels")
     m, n = self.shape[-2:]
     vector = b.ndim == self.ndim - 1 and b.shape == self.shape[:-1]
     right = b.unsqueeze(-1) if vector else b
     solution = torch.linalg.pinv(self, rtol=rcond) @ right
     empty = self.new_empty(0)
-    missed = torch.sum(torch.square((self @ solution - right).abs()), -2) if m > n else empty
+    missed = empty
+    if m > n and driver != "gelsy":
+        missed = torch.sum(torch.square((self @ solution - right).abs()), -2)
     rank = torch.linalg.matrix_rank(self.detach())
     values = torch.linalg.svdvals(self.detach()) if driver in ("gelsd", "gelss") else empty
     return solution.squeeze(-1) if vector else solution, missed, rank, values

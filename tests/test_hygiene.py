@@ -18,7 +18,9 @@ from fxhess import __main__ as command_line
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(p for d in ("fxhess", "passes", "rules") for p in (ROOT / d).glob("*.py"))
 EVERYTHING = SOURCES + sorted(
-    p for d in ("tests", "tests/samples", "benchmarks") for p in (ROOT / d).glob("*.py")
+    p
+    for d in ("tests", "tests/samples", "tests/conformance", "benchmarks")
+    for p in (ROOT / d).glob("*.py")
 )
 
 # Layers, lowest first: a module imports from its own layer or below.  "passes" and "rules" stand

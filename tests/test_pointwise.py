@@ -187,6 +187,25 @@ def test_dropout_modules(module):
     torch.testing.assert_close(hess(x), oracle.hessian(model, x))
 
 
+@pytest.mark.parametrize(
+    "f",
+    [F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dropout_draws_the_mask_that_the_model_would(f, dtype):
+    x = torch.randn(3, 4, 2, 2, 2, dtype=dtype)
+    x = x[..., 0, 0] if f is F.dropout1d else x[..., 0] if f is F.dropout2d else x
+
+    def model(x):
+        return f(x, 0.4, training=True).sum()
+
+    hess = fxhess.transform(model, "value", event_ndim=x.ndim, example=x)
+    torch.manual_seed(3)
+    want = model(x)
+    torch.manual_seed(3)
+    torch.testing.assert_close(hess(x), want)
+
+
 def test_alpha_dropout_keeps_mean_and_variance():
     x = torch.randn(4000, 20, dtype=FLOAT)
     value = fxhess.transform(lambda x: F.alpha_dropout(x, 0.3, True).sum(1), ("value",))(x).value

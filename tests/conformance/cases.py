@@ -50,6 +50,11 @@ class Case:
         return self.x.ndim - self.batched
 
 
+def is_symmetric(x: torch.Tensor) -> bool:
+    """Whether x is of symmetric matrices."""
+    return x.ndim >= 2 and x.shape[-1] == x.shape[-2] > 1 and torch.allclose(x, x.mT)
+
+
 def seeded(function: Function) -> Function:
     """The function with the same random numbers at every call."""
 
@@ -70,7 +75,7 @@ class Reduce:
             raise NoResultError
         self.batch = batch
         self.rows = batch is not None and all(y.ndim and y.shape[0] == batch for y in ys)
-        self.no_rows = batch is not None and not self.rows and any(y.ndim for y in ys)
+        self.in_place = batch is not None and not self.rows and any(y.ndim for y in ys)
         generator = torch.Generator().manual_seed(SEED)
         self.weights, self.scales, self.kept = [], [], []
         for y in ys:
@@ -96,9 +101,7 @@ class Reduce:
         return sum(part.sum() for part in self._parts(results))  # type: ignore[return-value]
 
     def _parts(self, results: Any) -> Iterator[torch.Tensor]:
-        for y, w, s, kept in zip(
-            _real(results), self.weights, self.scales, self.kept, strict=True
-        ):
+        for y, w, s, kept in zip(_real(results), self.weights, self.scales, self.kept, strict=True):
             if kept is not None:
                 y = torch.where(kept, y, 0.0)
             summed = self.batch is not None and not self.rows and y.ndim == 0
@@ -151,7 +154,7 @@ def _lifted(use: Use, lift: str, rows: torch.Tensor, others: torch.Tensor) -> Ca
 
     label = f"{use.label}; new axis" + ("" if lift == "none" else f", {lift} operands")
     own = _fitting(alone, function, rows)
-    in_place = reduce.no_rows or (reduce.rows and own is None)
+    in_place = reduce.in_place or (reduce.rows and own is None)
     return Case(label, function, rows, True, own, others, in_place, use.modules)
 
 
@@ -173,7 +176,7 @@ def _own_axis(use: Use) -> Case | None:
     label = f"{use.label}; own first axis"
     others = _neighbours(use, 1, SEED + 2)[0]
     own = _fitting(alone, function, use.x)
-    in_place = reduce.no_rows or (reduce.rows and own is None)
+    in_place = reduce.in_place or (reduce.rows and own is None)
     return Case(label, function, use.x, True, own, others, in_place, use.modules)
 
 
@@ -193,6 +196,8 @@ def _neighbours(use: Use, count: int, seed: int = SEED) -> torch.Tensor:
     """``[count, *x.shape]``: samples near x at which the function is as finite as at x."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand((count, *use.x.shape), generator=generator, dtype=use.x.dtype)
+    if is_symmetric(use.x):
+        noise = (noise + noise.mT) / 2
     reseed()
     usual = _finite(use.call(use.x, None))
     rows = use.x * (1 - 1e-6 * noise)

@@ -12,7 +12,7 @@ from typing import Any
 
 from . import cases
 from ._pytorch import Entry
-from .judge import Outcome, brief, judge
+from .judge import Outcome, brief, by_torch_func, judge
 
 LIMIT = 120  # seconds a case
 # Worst first.
@@ -58,8 +58,8 @@ def _limited() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def examine(entry: Entry, limit: int, ways: Sequence[str] = KINDS) -> Record:
-    """Judge the cases of ``limit`` uses of an entry."""
+def examine(entry: Entry, limit: int, ways: Sequence[str] = KINDS, rivals: bool = True) -> Record:
+    """Judge the cases of ``limit`` uses of an entry; ``rivals``: ``torch.func.hessian`` as well."""
     outcomes: list[Outcome] = []
     note = "no real operand or result"
     try:
@@ -75,7 +75,7 @@ def examine(entry: Entry, limit: int, ways: Sequence[str] = KINDS) -> Record:
             note = brief(error)
         for case in _distinct(found):
             with _limited():
-                outcome = judge(case)
+                outcome = judge(case, by_torch_func if rivals else None)
             if not (case.batched and outcome.verdict == "no referee"):  # no way to make a batch
                 outcomes.append(outcome)
     return Record(entry.table, entry.name, tuple(outcomes), "" if outcomes else note)

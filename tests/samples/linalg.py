@@ -1,4 +1,4 @@
-"""Uses of small determinants (double backward of singular ones is not finite)."""
+"""Uses of small determinants (double backward of singular ones is not finite) and least squares."""
 
 from __future__ import annotations
 
@@ -6,6 +6,21 @@ import torch
 
 from fxhess.testing import Sample
 
+RIGHT = torch.linspace(-1, 2, 3, dtype=torch.float64).reshape(3, 1)
+
+
+def _least_squares(x):
+    found = torch.linalg.lstsq(x, RIGHT, driver="gels")
+    return torch.cat([found.solution, found.residuals[None]])
+
+
+def _normal(x):
+    """The same by normal equations: PyTorch does not differentiate residuals."""
+    solution = torch.linalg.solve(x.mT @ x, x.mT @ RIGHT)
+    return torch.cat([solution, (x @ solution - RIGHT).square().sum(0, keepdim=True)])
+
+
 SAMPLES = [
+    Sample("lstsq", _least_squares, (3, 1), batch=None, reference=_normal, tolerance=1e-8),
     *(Sample(f"det, {n} by {n}", torch.linalg.det, (n, n)) for n in (1, 2, 3, 4)),
 ]

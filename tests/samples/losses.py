@@ -82,7 +82,24 @@ IMAGES = {
     "cross_entropy2d": lambda x: F.cross_entropy(x, _classes(x), reduction="none"),
 }
 
+
+def _chunked(x):
+    """The chunked loss, where this PyTorch has one; it cannot be differentiated twice itself."""
+    if not hasattr(F, "linear_cross_entropy"):
+        return _whole(x)
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=2)
+    target = torch.zeros(x.shape[0], dtype=torch.long)
+    return F.linear_cross_entropy(x, WEIGHT, target, reduction="sum", options=options)
+
+
+def _whole(x):
+    return F.cross_entropy(x @ WEIGHT.T, torch.zeros(x.shape[0], dtype=torch.long), reduction="sum")
+
+
+WEIGHT = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(3, 4)
+
 SAMPLES = [
+    Sample("linear_cross_entropy, chunked", _chunked, (5, 4), batch=None, reference=_whole),
     *(Sample(name, f) for name, f in POINTWISE.items()),
     *(
         Sample(f"{name} at kinks", f, make=_halves, twice=False)

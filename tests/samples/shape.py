@@ -205,7 +205,6 @@ UNBATCHED = [
     Sample("0-d", lambda x: x.reshape(()).unsqueeze(0).squeeze(), (1,), batch=None),
     Sample("0-d unfold", lambda x: x.sum().unfold(0, 1, 1), batch=None),
     Sample("0-d transpose", lambda x: x.sum().t() * x, batch=None),
-    Sample("as_strided", lambda x: x.as_strided((2, 6), (6, 1)), BOX, batch=None),
 ]
 
 SAMPLES = [*UNBATCHED, *VIEWS, *PARTS, *JOINING, *TURNING, *DIAGONALS, *PADDING]
