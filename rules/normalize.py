@@ -162,7 +162,12 @@ def batch_norm_with_update(
 
 
 # These update the running statistics, which the module of derivatives leaves alone.
-@substitute(aten._native_batch_norm_legit, getattr(torch, "_native_batch_norm_legit", None))
+_LEGIT = [aten._native_batch_norm_legit]
+if hasattr(torch, "_native_batch_norm_legit"):
+    _LEGIT.append(getattr(torch, "_native_batch_norm_legit"))  # noqa: B009 - not everywhere
+
+
+@substitute(*_LEGIT)
 def native_batch_norm_legit(input: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
     *_, training, momentum, eps = args
     if len(args) == 5:

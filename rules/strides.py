@@ -40,7 +40,7 @@ def as_strided(
             "as_strided reads memory that is not the tensor's own",
             hint="write it with view, slices or Tensor.unfold",
         )
-    positions = torch.full((1,) * len(sizes), start, device=self.device)
+    positions = torch.full((1,) * len(sizes), int(start), device=self.device)
     for k, (n, step) in enumerate(zip(sizes, steps, strict=True)):
         places = torch.arange(n, device=self.device) * step
         positions = positions + places.reshape([n] + [1] * (len(sizes) - k - 1))
