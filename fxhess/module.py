@@ -17,6 +17,7 @@ from fxhess import _torch
 from fxhess.cache import programs
 from fxhess.capture import capture
 from fxhess.closures import FunctionModule, as_module
+from fxhess.collector import collector_paused
 from fxhess.errors import CaptureError, InputError
 from fxhess.execute import PLAIN, Hoisted, Runner, Running, run_whole
 from fxhess.explain import Explanation
@@ -211,7 +212,7 @@ class HessianModule(nn.Module):
                 " PyTorch traces it",
                 hint=_FIRST,
             )
-        with self._lock:
+        with self._lock, collector_paused():
             binding = self._find(x)
             if binding is not None:
                 return binding

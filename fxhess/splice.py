@@ -29,7 +29,8 @@ class Splicer:
 
     ``shapes``: for inputs that are passed as they are, their captured sizes (numbers and
     expressions in ``symbols``, the batch sizes).  ``point``: an x and inputs to check traces at.
-    ``strict``: a derivative that cannot be traced is an error.
+    ``strict``: a derivative that cannot be traced is an error.  ``traces``: what was traced of
+    equal derivations.
     """
 
     derivation: Derivation
@@ -38,7 +39,7 @@ class Splicer:
     point: tuple[torch.Tensor, list[torch.Tensor]]
     origin: Origin | None
     strict: bool
-    _traces: dict[Any, fx.GraphModule | None] = field(default_factory=dict)
+    traces: dict[Any, fx.GraphModule | None] = field(default_factory=dict)
 
     def values(self, x: Var, tensors: Sequence[Var]) -> list[Var]:
         """All outputs."""
@@ -60,16 +61,16 @@ class Splicer:
         program = Program(self.derivation, form, at, len(tensors), str(self._op()))
         dims = [self._dims(form, at, n, v) for n, v in enumerate(inputs)]
         key = (form, at, tuple(map(tuple, dims)))
-        if key not in self._traces:
-            self._traces[key] = self._trace(program, dims, [v.dtype for v in inputs])
-        traced = self._traces[key]
+        if key not in self.traces:
+            self.traces[key] = self._trace(program, dims, [v.dtype for v in inputs])
+        traced = self.traces[key]
         emitter = x.tracer
         assert isinstance(emitter, Emitter)
         if traced is not None:
             try:
                 return splice(emitter, traced, inputs)
             except FxhessError:
-                self._traces[key] = None
+                self.traces[key] = None
         if self.strict:
             raise UnsupportedOpError(
                 f"the derivatives of {self._op()} cannot be written as plain operations",

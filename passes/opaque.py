@@ -46,6 +46,7 @@ class Opaque:
         self.layouts = layouts
         self.strict = fallback == "error"
         self._x = x
+        self._traces: dict[Any, dict[Any, Any]] = {}  # of equal regions, as a deep model has many
 
     @cached_property
     def probe(self) -> Probe:
@@ -224,9 +225,12 @@ class Opaque:
         layouts = self.layouts
         assert layouts.x is not None
         shapes = tuple(v.shape if isinstance(v, Raw) else None for v in given)
+        d = derivation
+        equal = (region.structure(), d.inputs, d.operands, d.outputs, d.types, shapes)
         splicer = Splicer(
-            derivation, shapes, self.captured.symbols, point, region.origin, self.strict
-        )
+            derivation, shapes, self.captured.symbols, point, region.origin, self.strict,
+            self._traces.setdefault(equal, {}),
+        )  # fmt: skip
         vars_ = [v.var for v in given]
         results = splicer.values(layouts.x, vars_)
         found: dict[fx.Node, Any] = {}

@@ -78,6 +78,30 @@ class Region:
             values[node] = target(*args, **kwargs)  # type: ignore[operator]
         return [values[node] for node in self.outputs]
 
+    def structure(self) -> tuple[Any, ...]:
+        """What tells this region from others: equal ones are the same function."""
+        index: dict[fx.Node, int] = {}
+
+        def told(value: Any) -> Any:
+            if isinstance(value, fx.Node) and value in index:
+                return ("node", index[value])
+            if isinstance(value, fx.Node):
+                return ("size", str(_torch.size_expression(value.meta["val"])))
+            if isinstance(value, (list, tuple)):
+                return tuple(map(told, value))
+            if isinstance(value, dict):
+                return tuple((k, told(v)) for k, v in value.items())
+            return (type(value).__name__, repr(value))
+
+        for node in (*self.inputs, *self.nodes):
+            index[node] = len(index)
+        inputs = [n.meta["val"] for n in self.inputs]
+        return (
+            tuple((tuple(map(str, t.shape)), t.dtype) for t in inputs),
+            tuple((n.target, told(n.args), told(n.kwargs)) for n in self.nodes),
+            tuple(index[n] for n in self.outputs),
+        )
+
 
 class Probe:
     """The model run on a few samples near those of x: where its operations are tried."""

@@ -28,7 +28,7 @@ EVERYTHING = SOURCES + sorted(
 LAYERS = (
     {"errors"},
     {"emit", "kinds", "triangle", "_torch", "_running", "store", "clock", "rates"},
-    {"functions", "closures", "oracle", "sources"},
+    {"functions", "closures", "collector", "oracle", "sources"},
     {"registry", "facts", "cost", "structure", "contraction", "capture", "arrangement"},
     {"splice", "graft", "derive", "memory", "_batched"},
     {"passes", "rules"},
