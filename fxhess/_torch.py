@@ -84,13 +84,15 @@ def trace(
     batch_ndim: int,
     tensors: Sequence[torch.Tensor],
     decompositions: Mapping[Any, Callable[..., Any]],
+    also: Callable[[], Any] = tuple,
 ) -> Traced:
-    """Trace ``function(x, *tensors)``; see the module's docstring."""
+    """Trace ``function(x, *tensors)``; see the module's docstring.  The graph returns a pair: the
+    function's result, and the traced tensors that ``also`` gives after it ran."""
     if not HAVE_FAKE_TENSORS:
         return trace_by_export(function, x, batch_ndim, tensors, decompositions)
     first: Traced | None = None
     with contextlib.suppress(RuntimeError):
-        first = _trace_fake(function, x, batch_ndim, tensors, decompositions)
+        first = _trace_fake(function, x, batch_ndim, tensors, decompositions, also)
         if first.serves_all_sizes:
             return first
     # Some shape functions written in C++ miss symbolic sizes, or read them as numbers.  Those
@@ -98,7 +100,7 @@ def trace(
     # rules' rewrites.
     try:
         with enable_python_dispatcher():
-            second = _trace_fake(function, x, batch_ndim, tensors, decompositions)
+            second = _trace_fake(function, x, batch_ndim, tensors, decompositions, also)
     except RuntimeError:
         if first is None:
             raise
@@ -112,6 +114,7 @@ def _trace_fake(
     batch_ndim: int,
     tensors: Sequence[torch.Tensor],
     decompositions: Mapping[Any, Callable[..., Any]],
+    also: Callable[[], Any],
 ) -> Traced:
     env = ShapeEnv(duck_shape=False, specialize_zero_one=True)
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
@@ -125,10 +128,11 @@ def _trace_fake(
         for t in tensors:
             if id(t) not in fakes:
                 fakes[id(t)] = mode.from_tensor(t, static_shapes=True).detach()
+    functional = torch.func.functionalize(function)
     # Leave fake tensors of tied weights distinct inputs: the caller passes distinct names.
     with quiet(), mode:
         graph_module = make_fx(
-            torch.func.functionalize(function),
+            lambda *inputs: (functional(*inputs), also()),
             decomposition_table=dict(decompositions),
             tracing_mode="real",
             _allow_non_fake_inputs=True,
@@ -230,7 +234,7 @@ def trace_by_export(
     graph_module = exported.graph_module
     for node in graph_module.graph.nodes:
         if node.op == "output":
-            node.args = (node.args[0][0],)
+            node.args = ((node.args[0][0], ()),)
     fake_x = next(iter(graph_module.graph.nodes)).meta["val"]
     symbols = tuple(_expression(fake_x.shape[i]) for i in range(batch_ndim))
     return Traced(graph_module, symbols, symbols, ())

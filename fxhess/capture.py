@@ -14,20 +14,23 @@ import os
 import re
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._ops import HigherOrderOperator  # the type only; it has no public name
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from fxhess import _torch, registry
+from fxhess import _torch, _traced, registry
 from fxhess.closures import tensor_paths
 from fxhess.emit import ORIGIN
 from fxhess.errors import CaptureError, FxhessError, Origin
 from fxhess.functions import whole_functions
+from fxhess.guards import Structure
+from fxhess.reads import Reader
 from fxhess.sources import Source, exclusive
 
 _HERE = os.path.dirname(__file__)
@@ -52,7 +55,8 @@ _OP, _LINE, _PATH = "operator", "line", "module path"
 @dataclass
 class Captured:
     """A functional ATen graph: placeholders are x, then one for each source.  ``symbols``,
-    ``sizes`` and ``guards`` of the batch axes are those of :class:`fxhess._torch.Traced`."""
+    ``sizes`` and ``guards`` of the batch axes are those of :class:`fxhess._torch.Traced`;
+    ``structure``: what was seen of values, where the program holds for these only."""
 
     graph_module: fx.GraphModule
     sources: list[Source]
@@ -61,6 +65,7 @@ class Captured:
     sizes: tuple[Any, ...]
     guards: tuple[Any, ...]
     tensors: list[torch.Tensor]
+    structure: Structure | None = None
     output: fx.Node = field(init=False)
 
     def __post_init__(self) -> None:
@@ -91,7 +96,9 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any | None = None
     ) -> Any:
         before = _torch.newest_node()
-        result = registry.substituted(func)(*args, **(kwargs or {}))
+        again = self if isinstance(func, HigherOrderOperator) else nullcontext()
+        with again:  # what a control flow operator calls is the model's own
+            result = registry.substituted(func)(*args, **(kwargs or {}))
         if _torch.newest_node() is not before:
             _mark(before, _LINE, _calling_line())
         if torch.is_grad_enabled() or any(result is a for a in args):
@@ -119,12 +126,16 @@ def _calling_line() -> str:
     return ""
 
 
-def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int) -> Captured:
+def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int, alone: int = 0) -> Captured:
     """Trace ``model(x)`` with its first ``batch_ndim`` axes symbolic.
 
+    With ``alone``, x is one sample (``batch_ndim`` 0), and the model is given it as a batch of
+    that sample alone, with this many batch axes.
+
     Raises:
-        CaptureError: PyTorch cannot trace the model, the model branches on values of tensors, or
-            it does not return one tensor.
+        CaptureError: PyTorch cannot trace the model, or it does not return one tensor.
+        DependsOnSamples: the structure of the program depends on values of x, which may differ
+            between the samples of a batch.
     """
     named = _own_tensors(model)
     names = list(named)
@@ -132,34 +143,38 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int) -> Captured:
     open_modules: list[tuple[str, fx.Node | None]] = []
 
     def function(x: torch.Tensor, *tensors: torch.Tensor) -> Any:
+        reader.start()
         with _Watch(), _marked_modules(model, open_modules):
+            x = x[(None,) * alone] if alone else x
             if not names:
-                return model(x)
-            return torch.func.functional_call(
-                model, dict(zip(names, tensors, strict=True)), (x,), tie_weights=False
-            )
+                return _without(alone, model(x))
+            given = dict(zip(names, tensors, strict=True))
+            result = torch.func.functional_call(model, given, (x,), tie_weights=False)
+            return _without(alone, result)
 
     tensors = [t.detach() for t in named.values()]
-    rewrites = {
-        op: _located(op, rewrite, open_modules) for op, rewrite in registry.decompositions().items()
-    }
+    reader = Reader([x, *tensors], lambda op: _here(op, open_modules), apart=batch_ndim > 0)
+    rewrites = reader.answers(registry.decompositions())
+    rewrites = {op: _located(op, rewrite, open_modules) for op, rewrite in rewrites.items()}
     with (
         exclusive(),
         _torch.plain_attention(),
         _torch.exporting(),
+        _traced.unrolled(),
         torch.enable_grad(),
         whole_functions(),
+        reader.asked(),
     ):
         traced, failure, run = None, None, function
         for example in _examples(x, batch_ndim):
             try:
                 try:
-                    found = _torch.trace(run, example, batch_ndim, tensors, rewrites)
+                    found = _torch.trace(run, example, batch_ndim, tensors, rewrites, reader.operands)
                 except RuntimeError as error:
                     if run is not function or not _WANTS_AUTOGRAD.search(str(error)):
                         raise
                     run = _torch.with_autograd(function)
-                    found = _torch.trace(run, example, batch_ndim, tensors, rewrites)
+                    found = _torch.trace(run, example, batch_ndim, tensors, rewrites, reader.operands)
             except FxhessError:
                 raise
             except Exception as error:
@@ -179,10 +194,17 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int) -> Captured:
         _lift_constants(graph_module, model, placeholders[-1], sources)
         if _torch.writes_in_place(graph):
             graph_module = _torch.functional(graph_module, rewrites, (ORIGIN,))
+        structure = Structure.of(graph_module, sources, reader.reads)
     values = [source.read(model) for source in sources]
-    return Captured(
-        graph_module, sources, batch_ndim, traced.symbols, traced.sizes, traced.guards, values
-    )
+    symbols, sizes, guards = traced.symbols, traced.sizes, traced.guards
+    return Captured(graph_module, sources, batch_ndim, symbols, sizes, guards, values, structure)
+
+
+def _without(axes: int, result: Any) -> Any:
+    """The result for one sample of a model that was given a batch of that sample alone."""
+    if axes and isinstance(result, torch.Tensor) and result.shape[:axes].numel() == 1:
+        return result.reshape(result.shape[axes:])
+    return result
 
 
 def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -259,8 +281,7 @@ def _located(
         except FxhessError as error:
             if error.where is not None:
                 raise
-            path = open_modules[-1][0] if open_modules else ""
-            where = Origin(str(op), path, _calling_line())
+            where = _here(str(op), open_modules)
             raise type(error)(error.what, where=where, hint=error.hint) from error
         if result is not NotImplemented:
             for node in _torch.nodes_since(before):
@@ -268,6 +289,11 @@ def _located(
         return result
 
     return run
+
+
+def _here(op: str, open_modules: list[tuple[str, fx.Node | None]]) -> Origin:
+    """Where the model is by now."""
+    return Origin(op, open_modules[-1][0] if open_modules else "", _calling_line())
 
 
 def _record_origins(graph: fx.Graph) -> None:

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from fxhess import _torch
+from fxhess import _torch, _traced
 from fxhess.emit import sibling
-from fxhess.errors import CaptureError
 from fxhess.kinds import Along, Call, Trailing
 from fxhess.registry import aten, composite, linear, substitute, zero
 from fxhess.rules.shape import event_size
@@ -76,7 +75,12 @@ def _index_select_rewrite(self: torch.Tensor, dim: int, index: torch.Tensor) -> 
         return torch.index_select(self.reshape(1), 0, index.reshape(1)).reshape(())
     if index.ndim == 0:
         return torch.index_select(self, dim, index.reshape(1))
-    if not symbolic(index) or symbolic(self):
+    if _traced.varies_alone(index) and _traced.varies_alone(self):
+        dim = dim % self.ndim
+        shape = [index.shape[0] if i == dim else 1 for i in range(self.ndim)]
+        sizes = [-1 if i == dim else n for i, n in enumerate(self.shape)]
+        return torch.gather(self, dim, index.reshape(shape).expand(sizes))
+    if not _own(index) or symbolic(self):
         return NotImplemented
     table = torch.movedim(self, dim, 0)
     read = aten.embedding.default(table.reshape(table.shape[0], -1), index)
@@ -107,6 +111,11 @@ def symbolic(t: torch.Tensor) -> bool:
     return any(not isinstance(n, int) for n in t.shape)
 
 
+def _own(index: torch.Tensor) -> bool:
+    """Whether each sample has an index of its own."""
+    return symbolic(index) or _traced.varies_alone(index)
+
+
 def _index_select_pull(g: Any, c: Call) -> Any:
     _, dim, index = c.args
     return returned(g, dim, index[(slice(None),) + (None,) * (-dim - 1)], c.operands[0].size(dim))
@@ -128,7 +137,7 @@ def _embedding_rewrite(
     sparse: bool = False,
 ) -> Any:
     """At indices that all samples share, the table may depend on x."""
-    if symbolic(indices):
+    if _own(indices) and not _traced.varies_alone(weight):
         return NotImplemented
     read = torch.index_select(weight, 0, indices.reshape(-1))
     return read.reshape([*indices.shape, weight.shape[1]])
@@ -287,7 +296,7 @@ class Addressed:
 
 def address(x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> Addressed:
     """Turn the index tensors of ``x[indices]`` (None for a whole axis) into one flat index."""
-    given = [(axis, _integers(t)) for axis, t in enumerate(indices) if t is not None]
+    given = [(axis, _integers(t)) for axis, t in enumerate(_positions(indices)) if t is not None]
     axes = [axis for axis, _ in given]
     shape = torch.broadcast_shapes(*(t.shape for _, t in given))
     homes = {axis: _batch_home(t, x.shape[axis], shape) for axis, t in given}
@@ -323,14 +332,18 @@ def address(x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> Addresse
     )
 
 
+def _positions(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Masks as the positions at which they are true, an index for each of their axes."""
+    found: list[torch.Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype in (torch.bool, torch.uint8):
+            found += torch.nonzero(index).unbind(1)
+        else:
+            found.append(index)
+    return found
+
+
 def _integers(index: torch.Tensor) -> torch.Tensor:
-    if index.dtype in (torch.bool, torch.uint8):
-        raise CaptureError(
-            "the model reads the entries where a mask is true: how many there are depends on"
-            " values, so one program cannot serve every sample",
-            hint="choose with torch.where, or index with the positions: mask.nonzero()[:, 0],"
-            " computed once, outside of the model",
-        )
     return index if index.dtype == torch.int64 else index.to(torch.int64)
 
 

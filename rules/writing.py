@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fxhess.errors import CaptureError
+from fxhess import _traced
 from fxhess.kinds import Along, Call
 from fxhess.registry import aten, composite, linear
 from fxhess.rules.indexing import address, leading, returned, taken
@@ -99,7 +99,15 @@ def _index_add_rewrite(
         whole = self if self.ndim else self.reshape(1)
         source = source if source.ndim == rank else source.reshape([1] * rank)
         return torch.index_add(whole, dim, index.reshape(1), source).reshape(self.shape)
+    if _traced.varies_alone(index):
+        return torch.scatter_add(self, dim, _along(index, dim, source), source)
     return NotImplemented
+
+
+def _along(index: torch.Tensor, dim: int, source: torch.Tensor) -> torch.Tensor:
+    """An index along one axis as one for each entry of ``source``."""
+    shape = [-1 if i == dim % source.ndim else 1 for i in range(source.ndim)]
+    return index.reshape(shape).expand(source.shape)
 
 
 def _index_copy_rewrite(
@@ -110,6 +118,8 @@ def _index_copy_rewrite(
         whole = self if self.ndim else self.reshape(1)
         source = source if source.ndim == rank else torch.unsqueeze(source, dim)
         return torch.index_copy(whole, dim, index.reshape(1), source).reshape(self.shape)
+    if _traced.varies_alone(index):
+        return torch.scatter(self, dim, _along(index, dim, source), source)
     return NotImplemented
 
 
@@ -158,9 +168,9 @@ def index_put(
     values: torch.Tensor,
     accumulate: bool = False,
 ) -> torch.Tensor:
-    masks = [t for t in indices if t is not None and t.dtype in (torch.bool, torch.uint8)]
-    if masks:
-        return _put_at_mask(self, indices, values, accumulate)
+    chosen = _put_at_mask(self, indices, values, accumulate)
+    if chosen is not None:
+        return chosen
     where = address(self, indices)
     entries = where.flatten(self)
     source = where.inward(values.to(self.dtype))
@@ -179,21 +189,14 @@ def _put_at_mask(
     indices: Sequence[torch.Tensor | None],
     values: torch.Tensor,
     accumulate: bool,
-) -> torch.Tensor:
-    """``x[mask] = number``: the mask may differ between samples."""
-    mask, before = None, 0
-    for i, t in enumerate(indices):
-        if t is not None:
-            if mask is not None:
-                mask = None
-                break
-            mask, before = t, i
-    if mask is None or any(n != 1 for n in values.shape):
-        raise CaptureError(
-            "the model writes different values where a mask is true: how many there are depends on"
-            " values, so one program cannot serve every sample",
-            hint="choose with torch.where(mask, values, x)",
-        )
+) -> torch.Tensor | None:
+    """``x[mask] = number``: the mask may differ between samples.  None if it is not that."""
+    given = [(i, t) for i, t in enumerate(indices) if t is not None]
+    if len(given) != 1 or any(n != 1 for n in values.shape):
+        return None
+    before, mask = given[0]
+    if mask.dtype not in (torch.bool, torch.uint8):
+        return None
     after = self.ndim - before - mask.ndim
     hit = mask.to(torch.bool).reshape([*mask.shape, *[1] * after])
     value = values.to(self.dtype).reshape(())

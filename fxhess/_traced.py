@@ -1,0 +1,136 @@
+"""What is known of a tensor inside a trace: the node that made it, and what that depends on.
+
+The third place that touches tracing internals of PyTorch (``get_proxy_mode``, ``get_proxy_slot``),
+and the one that unrolls PyTorch's control flow operators while a model is captured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+
+from fxhess._torch import writes_in_place
+
+
+def node_of(tensor: torch.Tensor) -> fx.Node:
+    """The node of a traced tensor."""
+    mode: Any = get_proxy_mode()
+    node: fx.Node = get_proxy_slot(tensor, mode.tracer).proxy.node
+    return node
+
+
+def constants() -> Any:
+    """What holds the tensors of the trace under way, as attributes."""
+    mode: Any = get_proxy_mode()
+    return mode.tracer.root
+
+
+def ancestors(*nodes: fx.Node) -> set[fx.Node]:
+    """What the nodes need, and they themselves."""
+    found: set[fx.Node] = set()
+    queue = list(nodes)
+    while queue:
+        node = queue.pop()
+        if node not in found:
+            found.add(node)
+            queue += node.all_input_nodes
+    return found
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What a traced value depends on: the ``values`` of x, its batch ``sizes``, other ``tensors``,
+    ``random`` numbers; and whether a ``gradient`` flows from x."""
+
+    values: bool
+    sizes: bool
+    tensors: bool
+    random: bool
+    gradient: bool
+
+
+def dependence(node: fx.Node, known: Collection[int] = ()) -> Flow:
+    """What ``node`` depends on.  ``known``: identities of constants that do not count."""
+    values = sizes = tensors = random = False
+    starts = [node]
+    if writes_in_place(node.graph):  # what was written may be read through any view of it
+        starts += [n for n in node.graph.nodes if _writes(n)]
+    x = next(iter(node.graph.nodes))
+    for other in ancestors(*starts):
+        if other.op == "get_attr":
+            tensors = tensors or id(getattr(constants(), str(other.target))) not in known
+        elif other.op == "placeholder":
+            tensors = tensors or other is not x
+        elif torch.Tag.nondeterministic_seeded in getattr(other.target, "tags", ()):
+            random = True
+        if x in other.all_input_nodes:
+            if isinstance(other.meta.get("val"), torch.Tensor):
+                values = True
+            else:
+                sizes = True
+    values = values or node is x
+    return Flow(values, sizes, tensors, random, _differentiable(node, x))
+
+
+def _differentiable(node: fx.Node, x: fx.Node) -> bool:
+    """Whether a derivative with respect to x may flow to ``node``."""
+    seen: set[fx.Node] = set()
+    queue = [node]
+    while queue:
+        node = queue.pop()
+        if node is x:
+            return True
+        val = node.meta.get("val")
+        constant = isinstance(val, torch.Tensor) and not (
+            val.is_floating_point() or val.is_complex()
+        )
+        if node in seen or constant or node.target is torch.ops.aten.detach.default:
+            continue
+        seen.add(node)
+        queue += node.all_input_nodes
+    return False
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def varies(tensor: torch.Tensor) -> bool:
+    """Whether a traced tensor depends on the values of x."""
+    mode: Any = get_proxy_mode()
+    slot = None if mode is None else get_proxy_slot(tensor, mode.tracer, None)
+    return slot is not None and dependence(slot.proxy.node).values
+
+
+def varies_alone(tensor: torch.Tensor) -> bool:
+    """Whether a tensor depends on the values of x, in a trace of one sample (one without batch
+    axes): an index that has the same shape for other samples, but not the same values."""
+    mode: Any = get_proxy_mode()
+    if mode is None:
+        return False
+    x = next(iter(mode.tracer.graph.nodes)).meta["val"]
+    return all(isinstance(n, int) for n in x.shape) and varies(tensor)
+
+
+@contextlib.contextmanager
+def unrolled() -> Iterator[None]:
+    """Inside, ``torch.cond``, ``while_loop``, ``scan`` and the like do not compile their bodies
+    before they call the operator."""
+    original = torch.compiler.is_dynamo_compiling
+
+    def pretended() -> bool:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return caller.startswith("torch._higher_order_ops") or original()
+
+    torch.compiler.is_dynamo_compiling = pretended
+    try:
+        yield
+    finally:
+        torch.compiler.is_dynamo_compiling = original
