@@ -63,9 +63,11 @@ def dependence(node: fx.Node, known: Collection[int] = ()) -> Flow:
     if writes_in_place(node.graph):  # what was written may be read through any view of it
         starts += [n for n in node.graph.nodes if _writes(n)]
     x = next(iter(node.graph.nodes))
+    root = constants()
     for other in ancestors(*starts):
         if other.op == "get_attr":
-            tensors = tensors or id(getattr(constants(), str(other.target))) not in known
+            fresh = all(u.target is torch.ops.aten.lift_fresh_copy.default for u in other.users)
+            tensors = tensors or not (fresh or id(getattr(root, str(other.target))) in known)
         elif other.op == "placeholder":
             tensors = tensors or other is not x
         elif torch.Tag.nondeterministic_seeded in getattr(other.target, "tags", ()):

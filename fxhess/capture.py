@@ -8,9 +8,6 @@ says where each is read at every call, so weights that change, are replaced or s
 
 from __future__ import annotations
 
-import inspect
-import linecache
-import os
 import re
 import traceback
 from collections.abc import Callable, Iterator
@@ -30,24 +27,10 @@ from fxhess.emit import ORIGIN
 from fxhess.errors import CaptureError, FxhessError, Origin
 from fxhess.functions import whole_functions
 from fxhess.guards import Structure
-from fxhess.reads import Reader
+from fxhess.lines import INTERNAL, calling_line, user_line
+from fxhess.reads import Questions
 from fxhess.sources import Source, exclusive
 
-_HERE = os.path.dirname(__file__)
-_ROOT = os.path.dirname(_HERE)  # in a checkout, rules and passes stand beside this package
-# Code that no message points at: PyTorch's and our own.
-_INTERNAL = (
-    *(
-        os.path.join(folder, "")
-        for folder in (
-            os.path.dirname(torch.__file__),
-            _HERE,
-            os.path.join(_ROOT, "rules"),
-            os.path.join(_ROOT, "passes"),
-        )
-    ),
-    "<string>",
-)
 # Notes on traced nodes, from which Origin is made.
 _OP, _LINE, _PATH = "operator", "line", "module path"
 
@@ -56,7 +39,11 @@ _OP, _LINE, _PATH = "operator", "line", "module path"
 class Captured:
     """A functional ATen graph: placeholders are x, then one for each source.  ``symbols``,
     ``sizes`` and ``guards`` of the batch axes are those of :class:`fxhess._torch.Traced`;
-    ``structure``: what was seen of values, where the program holds for these only."""
+    ``structure``: what was seen of values, where the program holds for these only.
+
+    ``implied``: the graph is that of one sample, and the batch axes are none of its own; all its
+    values have them in front.  ``targets``: what is wanted, where that is not the result.
+    """
 
     graph_module: fx.GraphModule
     sources: list[Source]
@@ -66,9 +53,14 @@ class Captured:
     guards: tuple[Any, ...]
     tensors: list[torch.Tensor]
     structure: Structure | None = None
+    implied: bool = False
+    targets: tuple[fx.Node, ...] = ()
     output: fx.Node = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.targets:
+            self.output = self.targets[-1]
+            return
         (result,) = next(n for n in self.graph_module.graph.nodes if n.op == "output").args
         if isinstance(result, (tuple, list)) and len(result) == 1:
             result = result[0]
@@ -100,7 +92,7 @@ class _Watch(TorchFunctionMode):
         with again:  # what a control flow operator calls is the model's own
             result = registry.substituted(func)(*args, **(kwargs or {}))
         if _torch.newest_node() is not before:
-            _mark(before, _LINE, _calling_line())
+            _mark(before, _LINE, calling_line())
         if torch.is_grad_enabled() or any(result is a for a in args):
             return result
         with torch._C.DisableTorchFunctionSubclass():
@@ -115,17 +107,6 @@ def _mark(before: fx.Node | None, key: str, text: str) -> None:
         node.meta.setdefault(key, text)
 
 
-def _calling_line() -> str:
-    """The innermost line outside of PyTorch and fxhess that led here, as ``file:line: code``."""
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not capture.__code__:
-        name, number = frame.f_code.co_filename, frame.f_lineno
-        if not name.startswith(_INTERNAL):
-            return f"{name}:{number}: {linecache.getline(name, number).strip()}"
-        frame = frame.f_back
-    return ""
-
-
 def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int, alone: int = 0) -> Captured:
     """Trace ``model(x)`` with its first ``batch_ndim`` axes symbolic.
 
@@ -134,7 +115,7 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int, alone: int = 0) 
 
     Raises:
         CaptureError: PyTorch cannot trace the model, or it does not return one tensor.
-        DependsOnSamples: the structure of the program depends on values of x, which may differ
+        SampleStructureError: the structure of the program depends on values of x, which may differ
             between the samples of a batch.
     """
     named = _own_tensors(model)
@@ -143,7 +124,7 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int, alone: int = 0) 
     open_modules: list[tuple[str, fx.Node | None]] = []
 
     def function(x: torch.Tensor, *tensors: torch.Tensor) -> Any:
-        reader.start()
+        questions.start()
         with _Watch(), _marked_modules(model, open_modules):
             x = x[(None,) * alone] if alone else x
             if not names:
@@ -153,8 +134,8 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int, alone: int = 0) 
             return _without(alone, result)
 
     tensors = [t.detach() for t in named.values()]
-    reader = Reader([x, *tensors], lambda op: _here(op, open_modules), apart=batch_ndim > 0)
-    rewrites = reader.answers(registry.decompositions())
+    questions = Questions([x, *tensors], lambda op: _here(op, open_modules), apart=batch_ndim > 0)
+    rewrites = questions.answers(registry.decompositions())
     rewrites = {op: _located(op, rewrite, open_modules) for op, rewrite in rewrites.items()}
     with (
         exclusive(),
@@ -163,18 +144,19 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int, alone: int = 0) 
         _traced.unrolled(),
         torch.enable_grad(),
         whole_functions(),
-        reader.asked(),
+        questions.asked(),
     ):
         traced, failure, run = None, None, function
+        asked = questions.operands
         for example in _examples(x, batch_ndim):
             try:
                 try:
-                    found = _torch.trace(run, example, batch_ndim, tensors, rewrites, reader.operands)
+                    found = _torch.trace(run, example, batch_ndim, tensors, rewrites, asked)
                 except RuntimeError as error:
                     if run is not function or not _WANTS_AUTOGRAD.search(str(error)):
                         raise
                     run = _torch.with_autograd(function)
-                    found = _torch.trace(run, example, batch_ndim, tensors, rewrites, reader.operands)
+                    found = _torch.trace(run, example, batch_ndim, tensors, rewrites, asked)
             except FxhessError:
                 raise
             except Exception as error:
@@ -194,7 +176,7 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int, alone: int = 0) 
         _lift_constants(graph_module, model, placeholders[-1], sources)
         if _torch.writes_in_place(graph):
             graph_module = _torch.functional(graph_module, rewrites, (ORIGIN,))
-        structure = Structure.of(graph_module, sources, reader.reads)
+        structure = Structure.of(graph_module, sources, model, questions.complete)
     values = [source.read(model) for source in sources]
     symbols, sizes, guards = traced.symbols, traced.sizes, traced.guards
     return Captured(graph_module, sources, batch_ndim, symbols, sizes, guards, values, structure)
@@ -293,28 +275,14 @@ def _located(
 
 def _here(op: str, open_modules: list[tuple[str, fx.Node | None]]) -> Origin:
     """Where the model is by now."""
-    return Origin(op, open_modules[-1][0] if open_modules else "", _calling_line())
+    return Origin(op, open_modules[-1][0] if open_modules else "", calling_line())
 
 
 def _record_origins(graph: fx.Graph) -> None:
     for node in graph.nodes:
-        line = node.meta.get(_LINE) or _user_line(node.meta.get("stack_trace") or "")
+        line = node.meta.get(_LINE) or user_line(node.meta.get("stack_trace") or "")
         name = node.meta.get(_OP, str(node.target))
         node.meta[ORIGIN] = Origin(name, node.meta.get(_PATH, ""), line)
-
-
-def _user_line(stack: str) -> str:
-    """The innermost frame outside of PyTorch and fxhess, as ``file:line: code``."""
-    best = ""
-    lines = stack.splitlines()
-    for i, text in enumerate(lines):
-        text = text.strip()
-        if text.startswith('File "'):
-            name, _, rest = text[6:].partition('", line ')
-            if not name.startswith(_INTERNAL):
-                code = lines[i + 1].strip() if i + 1 < len(lines) else ""
-                best = f"{name}:{rest.split(',')[0]}: {code}"
-    return best
 
 
 def _lift_constants(
@@ -356,7 +324,7 @@ def _capture_error(
             hint="read the batch size as x.shape[0], not as len(x) or int(x.shape[0])",
         )
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if not f.filename.startswith(_INTERNAL)]
+    own = [f for f in frames if not f.filename.startswith(INTERNAL)]
     places = [f"module '{open_modules[-1][0]}'"] if open_modules else []
     places += [f"{own[-1].filename}:{own[-1].lineno}: {own[-1].line}"] if own else []
     where = ", at ".join(places)

@@ -66,6 +66,11 @@ class SampleMixingError(FxhessError):
     """The model lets the samples of a batch see each other, so no per-sample Hessian exists."""
 
 
+class SampleStructureError(FxhessError):
+    """What a model does depends on the values of x, and so may differ between the samples of a
+    batch.  Raised and caught inside: each sample is then captured in a batch of its own."""
+
+
 class UnsupportedOpError(FxhessError, NotImplementedError):
     """An operation that the samples flow through has no second-derivative rule."""
 
@@ -76,3 +81,7 @@ class RuleError(FxhessError):
 
 class InternalError(FxhessError):
     """A graph broke its own invariants after a pass: a bug in fxhess, please report it."""
+
+
+class StructureWarning(UserWarning):
+    """A model is captured again and again since its structure depends on values."""

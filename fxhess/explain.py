@@ -69,8 +69,10 @@ class Explanation:
         x: torch.Tensor,
         options: Options,
         run: Callable[[torch.Tensor], object],
+        structure: Sequence[str] = (),
     ) -> Explanation:
-        """Read the plan off a program, and time ``run(x)``."""
+        """Read the plan off a program, and time ``run(x)``; ``structure``: notes on what it was
+        told of values."""
         rows = tuple(
             Row(
                 origin.op.removeprefix("aten.") if origin else "",
@@ -83,7 +85,7 @@ class Explanation:
             for origin, kind, base, structure in program.terms
         )
         nodes = [n for n in _at(program.graph_module.graph, x).nodes if n.op.startswith("call")]
-        notes = list(program.notes)
+        notes = [*structure, *program.notes]
         if "hessian" in options.outputs and not rows:
             notes.append(
                 "no operation is curved: the model is affine (or piecewise linear) in x, and H is"

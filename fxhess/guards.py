@@ -10,23 +10,28 @@ from torch import fx, nn
 
 from fxhess import _traced
 from fxhess.reads import Read
-from fxhess.sources import Source, read_tensors
+from fxhess.sources import Reader, Source
 
 
 class Guard:
     """Holds where each of ``reads`` gets the answer it got at capture.  ``module`` computes their
-    operands, one after the other, from x (if ``varying``) and the tensors of ``sources``."""
+    operands, one after the other, from x (if ``varying``) and the tensors of ``sources``;
+    ``names`` tells for each read what it depends on."""
 
     def __init__(
         self,
         module: fx.GraphModule,
         sources: Sequence[Source],
+        model: nn.Module,
         reads: Sequence[Read],
+        names: Sequence[Sequence[str]],
         varying: bool,
     ) -> None:
         self.module = module
         self.sources = list(sources)
+        self.read = Reader(sources, model)
         self.reads = list(reads)
+        self.names = names
         self.varying = varying
         # Copies of the tensors for which it held last, replaced at once.
         self._known: tuple[torch.Tensor, ...] | None = None
@@ -36,6 +41,7 @@ class Guard:
         cls,
         graph: fx.Graph,
         sources: Sequence[Source],
+        model: nn.Module,
         reads: Sequence[Read],
         watched: Sequence[Sequence[fx.Node]],
         varying: bool,
@@ -57,19 +63,17 @@ class Guard:
                 copies[node] = own.node_copy(node, copies.__getitem__)
         own.output(tuple(copies[n] for n in operands))
         module = fx.GraphModule(nn.Module(), own, "Guard")
-        return cls(module, [s for _, s in kept], [reads[i] for i in chosen], varying)
+        named = [(x, "x"), *((n, ".".join(s.path) or "a constant") for n, s in kept)]
+        names = [
+            [name for place, name in named if place in _traced.ancestors(*watched[i])]
+            for i in chosen
+        ]
+        return cls(module, [s for _, s in kept], model, [reads[i] for i in chosen], names, varying)
 
-    def operands(
-        self, x: torch.Tensor, tensors: Sequence[torch.Tensor]
-    ) -> list[tuple[torch.Tensor, ...]]:
-        """What each read asks about."""
-        found = self.module(*([x] if self.varying else []), *tensors)
-        return split(found, self.reads)
-
-    def holds(self, model: nn.Module, x: torch.Tensor) -> bool:
+    def holds(self, x: torch.Tensor) -> bool:
         """Whether the program is right for this x and the model's tensors as they are now."""
         with torch.no_grad():
-            tensors = [t.detach() for t in read_tensors(self.sources, model)]
+            tensors = [t.detach() for t in self.read()]
             if self.varying:
                 return self._agree(x.detach(), tensors)
             known = self._known
@@ -81,29 +85,33 @@ class Guard:
             return True
 
     def _agree(self, x: torch.Tensor, tensors: Sequence[torch.Tensor]) -> bool:
-        found = self.operands(x, tensors)
+        found = split(self.module(*([x] if self.varying else []), *tensors), self.reads)
         return all(read.holds(own) for read, own in zip(self.reads, found, strict=True))
 
-    def demand(self, x: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
-        """Inside a trace by somebody else: make it part of the program that the operands are those
-        seen.  Otherwise it raises a RuntimeError when it runs."""
-        found = self.operands(x.detach(), [t.detach() for t in tensors])
+    def demand(self, x: torch.Tensor, module: fx.GraphModule | None = None) -> None:
+        """While PyTorch traces the call: make it part of the program that the operands are those
+        seen.  Otherwise it raises a RuntimeError when it runs.  ``module``: one that computes the
+        operands for a batch of samples."""
+        tensors = [t.detach() for t in self.read()]
+        inputs = [x.detach(), *tensors] if self.varying else tensors
+        found = split((module or self.module)(*inputs), self.reads)
         for read, own in zip(self.reads, found, strict=True):
             for now, seen in zip(own, read.operands, strict=True):
                 torch._assert_async((now == seen).all(), _CHANGED.format(read))
 
 
 _CHANGED = (
-    "fxhess: the structure of the model has changed since it was compiled or exported, where it read"
-    " {}; call the module uncompiled once with the new values, then compile or export again"
+    "fxhess: the structure of the model has changed since it was compiled or exported, where it"
+    " read {}; call the module uncompiled once with the new values, then compile or export again"
 )
 
 
 def split(
-    operands: Sequence[torch.Tensor], reads: Sequence[Read]
+    operands: torch.Tensor | Sequence[torch.Tensor], reads: Sequence[Read]
 ) -> list[tuple[torch.Tensor, ...]]:
     """The operands of each read, from those of all."""
     parts, at = [], 0
+    operands = [operands] if isinstance(operands, torch.Tensor) else operands
     for read in reads:
         parts.append(tuple(operands[at : at + len(read.operands)]))
         at += len(read.operands)
@@ -123,7 +131,11 @@ class Structure:
 
     @classmethod
     def of(
-        cls, graph_module: fx.GraphModule, sources: Sequence[Source], reads: Sequence[Read]
+        cls,
+        graph_module: fx.GraphModule,
+        sources: Sequence[Source],
+        model: nn.Module,
+        reads: Sequence[Read],
     ) -> Structure | None:
         """Split a traced graph that returns the result and the operands of ``reads``: these become
         guards of their own, the graph returns the result alone."""
@@ -133,7 +145,7 @@ class Structure:
         output.args = (result,)
         structure = None
         if reads:
-            guards = [Guard.of(graph, sources, reads, watched, v) for v in (False, True)]
+            guards = [Guard.of(graph, sources, model, reads, watched, v) for v in (False, True)]
             structure = cls(*guards)
             graph.eliminate_dead_code()
         graph_module.recompile()
@@ -147,6 +159,21 @@ class Structure:
     def reads(self) -> list[Read]:
         return [read for guard in self.guards for read in guard.reads]
 
-    def holds(self, model: nn.Module, x: torch.Tensor) -> bool:
+    def demand(self, x: torch.Tensor, matcher: fx.GraphModule | None = None) -> None:
+        """See :meth:`Guard.demand`; ``matcher`` is for what varies."""
+        for guard in self.guards:
+            guard.demand(x, matcher if guard.varying else None)
+
+    def notes(self, captures: int) -> list[str]:
+        """For ``explain``: what was read, of what, and how often the model was captured."""
+        found = [
+            f"guarded: {read}, of {', '.join(names)}"
+            for guard in self.guards
+            for read, names in zip(guard.reads, guard.names, strict=True)
+        ]
+        times = "once" if captures == 1 else f"{captures} times"
+        return [*found, f"captured {times} so far, for values like these"]
+
+    def holds(self, x: torch.Tensor) -> bool:
         """Whether the program is right for this x and the model's tensors as they are now."""
-        return all(guard.holds(model, x) for guard in self.guards)
+        return all(guard.holds(x) for guard in self.guards)

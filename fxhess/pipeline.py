@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -22,10 +23,12 @@ from fxhess.capture import Captured
 from fxhess.emit import VAL
 from fxhess.errors import InputError, Origin
 from fxhess.execute import Execution
+from fxhess.facts import Canonical
+from fxhess.guards import Guard
 from fxhess.passes.activity import mark_activity
-from fxhess.passes.canonicalize import canonicalize
+from fxhess.passes.canonicalize import canonical_values, canonicalize
 from fxhess.passes.check import check_canonical, check_graph
-from fxhess.passes.differentiate import Term, differentiate
+from fxhess.passes.differentiate import Draft, Term, differentiate
 from fxhess.passes.fuse import fuse, fusible
 from fxhess.passes.lower import lower
 from fxhess.passes.plan import plan as make_plan
@@ -127,12 +130,41 @@ def key_of(captured: Captured, x: torch.Tensor, options: Options) -> str:
         digest.update(text.encode())
     nb = captured.batch_ndim
     facts = (
-        index[captured.output], captured.symbols, captured.guards, nb,
+        index[captured.output], captured.implied, captured.symbols, captured.guards, nb,
         tuple(x.shape[nb:]), x.dtype, str(x.device), options, version(), torch.__version__,
         rates_for(x.device, x.dtype),
     )  # fmt: skip
     digest.update(repr(facts).encode())
     return digest.hexdigest()
+
+
+def batched(captured: Captured) -> Captured:
+    """A model captured for one sample, without batch axes, as one of a batch of samples."""
+    symbol = sympy.Symbol("samples", integer=True, positive=True)
+    return replace(captured, batch_ndim=1, symbols=(symbol,), sizes=(symbol,), implied=True)
+
+
+def compile_guard(captured: Captured, guard: Guard, x: torch.Tensor) -> fx.GraphModule:
+    """The guard of one sample as a program for a batch of them: from ``x: [n, *event]`` and the
+    tensors of its sources, each operand as ``[n, *shape]``, or ``[1, *shape]``."""
+    graph = guard.module.graph
+    (operands,) = next(n for n in graph.nodes if n.op == "output").args
+    own = replace(
+        batched(captured), graph_module=guard.module, sources=guard.sources,
+        targets=tuple(operands),  # type: ignore[arg-type]
+    )  # fmt: skip
+    values = canonical_values(own, x)
+    canonical = Canonical(
+        values[0].node.graph, next(iter(values[0].node.graph.nodes)), values[-1].node,
+        1, False, False, x.device,
+    )  # fmt: skip
+    draft = Draft(canonical, ())
+    results = {f"operand_{i}": draft.values[v.node] for i, v in enumerate(values)}
+    module = lower(draft.emitter.graph, results)
+    module.graph.eliminate_dead_code()
+    check_graph(module.graph, "compile_guard")
+    module.recompile()
+    return module
 
 
 def compile_captured(captured: Captured, x: torch.Tensor, options: Options) -> Program:

@@ -1,10 +1,11 @@
-"""Values that a model asks for while it is traced, and the guards that come of it.
+"""Values that a model asks for while it is traced.
 
 A model whose program depends on values (``if mask.any()``, ``mask.nonzero()``, ``sizes.tolist()``)
-is traced at the values seen.  Whatever asks is an operation whose result has no shape, or no number,
-before its operands have values; :class:`Reader` computes these from the graph traced so far, at the
-real x and the model's real tensors, and the answer becomes a constant of the program.  A
-:class:`Guard` computes the operands again at every call and tells whether the answers are the same.
+is traced at the values seen.  Whatever asks is an operation whose result has no shape, or no
+number, before its operands have values; :class:`Questions` computes these from the graph traced so
+far, at the real x and the model's real tensors, and the answer becomes a constant of the program.
+A :class:`~fxhess.guards.Guard` computes the operands again at every call and tells whether the
+answers are the same.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fxhess import _torch, _traced, registry
-from fxhess.errors import CaptureError, FxhessError, Origin, UnsupportedOpError
+from fxhess.errors import CaptureError, Origin, SampleStructureError, UnsupportedOpError
 
 _library = torch.library.Library("fxhess", "FRAGMENT")
 _library.define("values(Tensor tensor) -> Tensor")
@@ -35,10 +36,6 @@ def _values(tensor: torch.Tensor) -> torch.Tensor:
 @torch.library.register_fake("fxhess::values", lib=_library)
 def _values_fake(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor)
-
-
-class DependsOnSamples(FxhessError):
-    """The structure depends on values of x, and so may differ between the samples of a batch."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +55,14 @@ class Read:
     def is_number(self) -> bool:
         """Whether the answer is the operand itself, one number."""
         return self.op is torch.ops.aten._local_scalar_dense.default
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the answer is made of numbers that hardly ever come again."""
+        return any(
+            isinstance(v, float) or (isinstance(v, torch.Tensor) and v.is_floating_point())
+            for v in self.seen
+        )
 
     def answer(self, operands: Sequence[torch.Tensor]) -> tuple[Any, ...]:
         """The operation at other operands."""
@@ -127,7 +132,7 @@ _ASKING = (
 )
 
 
-class Reader:
+class Questions:
     """Answers what one trace asks.  ``inputs``: x and the model's tensors, as the trace's own
     inputs are ordered; ``where`` tells what runs now; ``apart``: the trace is for many samples at
     once, so that nothing may depend on their values."""
@@ -141,6 +146,7 @@ class Reader:
         self.inputs = inputs
         self.where = where
         self.apart = apart
+        self.complete: list[Read] = []
         self.start()
 
     def start(self) -> None:
@@ -152,18 +158,20 @@ class Reader:
         self._answers: set[int] = set()
 
     def operands(self) -> list[list[torch.Tensor]]:
-        """The traced tensors that each read asked about."""
+        """The traced tensors that each read asked about, after the model ran; a trace that fails
+        later leaves ``complete`` as it is."""
+        self.complete = list(self.reads)
         return [list(tensors) for tensors in self.watched]
 
     @contextlib.contextmanager
     def asked(self) -> Iterator[None]:
         """Inside, on this thread, values of whole tensors can be asked for: :func:`values_of`."""
-        before = getattr(_local, "reader", None)
-        _local.reader = self
+        before = getattr(_local, "questions", None)
+        _local.questions = self
         try:
             yield
         finally:
-            _local.reader = before
+            _local.questions = before
 
     def answers(self, table: Mapping[Any, Callable[..., Any]]) -> dict[Any, Callable[..., Any]]:
         """The table of rewrites, with answers for operations that ask for values and that it does
@@ -197,7 +205,7 @@ class Reader:
             )  # fmt: skip
         varying = any(f.values or f.sizes for f in flow)
         if varying and self.apart:
-            raise DependsOnSamples("the structure depends on the values of x", where=origin)
+            raise SampleStructureError("the structure depends on the values of x", where=origin)
         with _torch.outside_of_modes(), torch.no_grad():
             operands = tuple(self._value(node, constants).detach().clone() for node in nodes)
             plain = [_OPERAND if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
@@ -257,7 +265,7 @@ def _asking() -> list[Any]:
 def values_of(tensor: torch.Tensor) -> torch.Tensor:
     """The real values of a tensor of the model that is captured by now."""
     torch.ops.fxhess.values(tensor)
-    values: torch.Tensor = _local.reader.last
+    values: torch.Tensor = _local.questions.last
     return values
 
 

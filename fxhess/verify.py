@@ -75,7 +75,7 @@ def verify(hess: HessianModule, x: torch.Tensor, samples: int) -> Verification:
 
 def _is_summed(whole: HessianModule, x: torch.Tensor) -> bool:
     binding = whole._find(x)
-    return binding is not None and binding.program.summed
+    return binding is not None and binding.summed
 
 
 def _reference(model: nn.Module, x: torch.Tensor, event_ndim: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from fxhess import _torch, kinds
+from fxhess._traced import ancestors
 from fxhess.capture import Captured, depends_on_values
 from fxhess.emit import ORIGIN, VAL, Emitter, Var, nominal_batch
 from fxhess.errors import CaptureError, FxhessError, UnsupportedOpError
@@ -53,10 +54,16 @@ def canonicalize(captured: Captured, x: torch.Tensor, fallback: str = "allow") -
         UnsupportedOpError: an operation on the path from x cannot be differentiated twice.
         CaptureError: the model does not return a scalar or vector per sample.
     """
-    emitter = Emitter()
-    layouts = Layouts(emitter, captured.sizes)
-    walk = _Walk(captured, emitter, layouts, Opaque(captured, layouts, x, fallback))
-    return walk.run(x)
+    return _Walk.of(captured, x, fallback).run(x)
+
+
+def canonical_values(captured: Captured, x: torch.Tensor) -> list[Var]:
+    """The ``targets`` of a graph of one sample whose batch axes are implied, each as
+    ``[*batch, *shape]`` with its captured shape."""
+    walk = _Walk.of(captured, x)
+    walk.walk(x, captured.targets)
+    with walk.emitter.at(None):
+        return [walk.leading(walk.values[node]) for node in captured.targets]
 
 
 class _Walk:
@@ -71,7 +78,18 @@ class _Walk:
         self.opaque = opaque
         self.values: dict[fx.Node, Any] = {}
 
+    @classmethod
+    def of(cls, captured: Captured, x: torch.Tensor, fallback: str = "allow") -> _Walk:
+        emitter = Emitter()
+        layouts = Layouts(emitter, captured.sizes, captured.implied)
+        return cls(captured, emitter, layouts, Opaque(captured, layouts, x, fallback))
+
     def run(self, x: torch.Tensor) -> Canonical:
+        self.walk(x, [self.captured.output])
+        return self._leave(self.values[self.captured.output], x.device)
+
+    def walk(self, x: torch.Tensor, targets: Sequence[fx.Node]) -> None:
+        """Rewrite all that the targets need."""
         nodes = list(self.captured.graph_module.graph.nodes)
         placeholders = [n for n in nodes if n.op == "placeholder"]
         self._enter_x(placeholders[0], x)
@@ -85,14 +103,33 @@ class _Walk:
             name = _identifier(name, taken)
             var = self.emitter.placeholder(name, stand_in)
             self.values[node] = Raw(var, tuple(val.shape))
-        needed = _ancestors(self.captured.output)
+        needed = ancestors(*targets)
         steps = [n for n in nodes if n in needed and n.op == "call_function"]
         for unit in units(self.captured, steps):
             if len(unit) > 1:
+                self._refuse_implied(unit[0])
                 self.values.update(self.opaque.rewrite(unit, self.values))
             elif unit[0] not in self.values:
                 self.values[unit[0]] = self._step(unit[0])
-        return self._leave(self.values[self.captured.output], x.device)
+
+    def leading(self, value: Any) -> Var:
+        """A value as ``[*batch, *shape]`` with its captured shape."""
+        if isinstance(value, Raw):
+            return value.var[(None,) * self.layouts.nb]  # type: ignore[no-any-return]
+        for axis, group in enumerate(value.groups):
+            if not group:
+                raise UnsupportedOpError("an axis of no atoms", where=self.layouts.origin)
+            value = self.layouts.merge(value, axis)
+        return value.var  # type: ignore[no-any-return]
+
+    def _refuse_implied(self, node: fx.Node, failure: Exception | None = None) -> None:
+        """The axes of an operation without a rule are found by its sizes, which tell nothing of
+        batch axes that it does not have."""
+        if self.captured.implied:
+            raise UnsupportedOpError(
+                f"{node.target} has no rule to run it for several samples at once",
+                where=node.meta.get(ORIGIN),
+            ) from failure
 
     def _enter_x(self, node: fx.Node, x: torch.Tensor) -> None:
         nb = self.captured.batch_ndim
@@ -106,7 +143,8 @@ class _Walk:
         event = [Atom(int(s)) for s in x.shape[nb:]]
         batch = [Atom(0, i) for i in range(nb)]
         var.node.meta[FACT] = Fact(kinds.Zero(), (), (), active=True)
-        self.values[node] = Laid(var, tuple((a,) for a in [*batch, *event]))
+        axes = event if self.captured.implied else [*batch, *event]
+        self.values[node] = Laid(var, tuple((a,) for a in axes))
 
     def _step(self, node: fx.Node) -> Any:
         origin = node.meta.get(ORIGIN)
@@ -141,6 +179,7 @@ class _Walk:
                 raise
             except Exception as error:
                 failure = error
+        self._refuse_implied(node, failure)
         try:
             results = self.opaque.rewrite([node], self.values)
         except FxhessError as error:
@@ -185,7 +224,8 @@ class _Walk:
                 where=self.captured.output.meta.get(ORIGIN),
             )
         groups = result.groups
-        batched = [i for i in range(nb) if i not in result.summed]
+        implied = self.captured.implied
+        batched = [i for i in range(nb) if i not in result.summed and not implied]
         head, rest = groups[: len(batched)], groups[len(batched) :]
         if [tuple(a.batch for a in g) for g in head] != [(i,) for i in batched]:
             raise wrong
@@ -211,6 +251,8 @@ class _Walk:
         """An output that does not depend on x at all, given the axes it must have."""
         nb = self.captured.batch_ndim
         sizes = [_torch.size_expression(s) for s in raw.shape]
+        if self.captured.implied:
+            return Laid(raw.var[(None,) * nb], tuple((Atom(int(s)),) for s in sizes))
         if len(sizes) == 0 and nb:
             var = raw.var[(None,) * nb]
             return Laid(var, (), frozenset(range(nb)))
@@ -243,17 +285,6 @@ def _holds_laid(value: Any) -> bool:
     if isinstance(value, Mapping):
         return any(_holds_laid(v) for v in value.values())
     return isinstance(value, (list, tuple)) and any(_holds_laid(v) for v in value)
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    queue = [node]
-    while queue:
-        current = queue.pop()
-        if current not in found:
-            found.add(current)
-            queue += current.all_input_nodes
-    return found
 
 
 def _shape(val: torch.Tensor) -> tuple[Any, ...]:

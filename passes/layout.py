@@ -65,9 +65,10 @@ def fresh(group: Group) -> Group:
 class Layouts:
     """Writes canonical nodes that only rearrange axes, for the axes signatures to build on."""
 
-    def __init__(self, emitter: Emitter, symbols: Sequence[Any]) -> None:
+    def __init__(self, emitter: Emitter, symbols: Sequence[Any], implied: bool = False) -> None:
         self.emitter = emitter
         self.symbols = symbols
+        self.implied = implied  # all values have the batch axes, though the captured ones do not
         self.nb = len(symbols)
         self.x: Var | None = None
         self.origin: Origin | None = None

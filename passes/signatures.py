@@ -122,6 +122,8 @@ def einsum(bound: Bound) -> Any:
         inputs.append(names)
     kept = {a for label in equation.output if label is not None for a in _batches(unifier, label)}
     contracted = frozenset(unifier.batch_home) - kept
+    if layouts.implied:
+        kept = set(range(layouts.nb))
     output_groups: list[Group] = []
     event: list[Any] = []
     sizes: dict[Any, int] = {}

@@ -15,7 +15,9 @@ _operators = torch.ops.higher_order
 
 
 @substitute(_operators.cond)
-def cond(pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], operands: Any) -> Any:
+def cond(
+    pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], operands: Any
+) -> Any:
     return true_fn(*operands) if pred else false_fn(*operands)
 
 

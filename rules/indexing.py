@@ -361,6 +361,9 @@ def _batch_home(index: torch.Tensor, n: Any, shape: Sequence[Any]) -> int | None
 @composite(aten.index.Tensor)
 def index(self: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> torch.Tensor:
     where = address(self, indices)
+    if any(n == 0 for n in where.shape if isinstance(n, int)):
+        sizes = [*where.rest[: where.at], *where.shape, *where.rest[where.at :]]
+        return torch.zeros(sizes, dtype=self.dtype, device=self.device)
     entries = where.flatten(self)
     if where.batches:
         read = torch.gather(entries, where.batches, where.each())

@@ -20,8 +20,8 @@ def nonzero(self: torch.Tensor) -> Any:
         return NotImplemented
     hit = self.reshape(-1) != 0
     count = int(torch.sum(hit))
-    if self.ndim == 0:
-        return torch.zeros((count, 0), dtype=torch.int64, device=self.device)
+    if self.ndim == 0 or count == 0:
+        return torch.zeros((count, self.ndim), dtype=torch.int64, device=self.device)
     # A stable sort puts the positions that are hit first, in order.
     order = torch.sort(torch.logical_not(hit).to(torch.int8), stable=True, dim=0)
     place = order[1][:count]

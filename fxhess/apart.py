@@ -1,0 +1,257 @@
+"""Samples whose structure depends on their own values: neighbour lists, ``x[x > 0]``, branches.
+
+The model is captured for one sample, in a batch of that sample alone, at the values seen.  The
+program serves every sample for which it would have seen the same: these run together, as one batch
+without any coupling, since it was made from one sample.  Samples of other structures are captured
+in turn.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxhess import _torch
+from fxhess.binding import Binding, bind, keep, transformed
+from fxhess.cache import programs
+from fxhess.capture import capture
+from fxhess.collector import collector_paused
+from fxhess.errors import InputError, Origin, SampleMixingError
+from fxhess.execute import Running
+from fxhess.guards import split
+from fxhess.pipeline import Options, batched, compile_guard
+from fxhess.splice import agree
+
+_NOTHING = fx.GraphModule(nn.Module(), fx.Graph())  # to compute, of values of x
+
+
+@dataclass(eq=False)
+class Variant(Binding):
+    """The program for samples of one structure.  ``matcher`` computes what their guard asks about,
+    for a batch of them; where there is none, samples run one at a time."""
+
+    matcher: fx.GraphModule | None = None
+
+    def matches(self, xs: torch.Tensor) -> torch.Tensor:
+        """For each sample of ``xs: [n, *event]``, whether the program is right."""
+        n = len(xs)
+        right = torch.ones(n, dtype=torch.bool, device=xs.device)
+        if self.structure is None:
+            return right
+        constant, varying = self.structure.constant, self.structure.varying
+        if constant is not None and not constant.holds(xs):
+            return ~right
+        if varying is None:
+            return right
+        if self.matcher is None:
+            return torch.tensor([varying.holds(x) for x in xs], device=xs.device)
+        tensors = [t.detach() for t in varying.read()]
+        found = split(self.matcher(xs, *tensors), varying.reads)
+        for read, own in zip(varying.reads, found, strict=True):
+            right = right & read.holds_for_each(own, n)
+        return right
+
+    def run_each(self, xs: torch.Tensor, running: Running) -> list[torch.Tensor]:
+        """All results, for ``xs: [n, *event]``."""
+        tensors = self.read()
+        if self.matcher is not None:
+            return self.run(xs, tensors, running)
+        each = [
+            self.run(x, tensors, running)
+            for x in (xs if len(xs) else xs.new_zeros(xs.shape[1:])[None])
+        ]
+        return [torch.stack(results)[: len(xs)] for results in zip(*each, strict=True)]
+
+
+class Apart:
+    """All programs of a model whose structure depends on the sample, for inputs like ``x``."""
+
+    unconditional = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        options: Options,
+        x: torch.Tensor,
+        where: Origin | str | None,
+        running: Running,
+    ) -> None:
+        self.model = model
+        self.given = options
+        outputs = options.outputs
+        self.options = replace(options, outputs=tuple(dict.fromkeys((*outputs, "value"))))
+        self.where = where
+        self.running = running
+        self.generation = programs.generation
+        self.variants: list[Variant] = []
+        self.batch_ndim = x.ndim - options.event_ndim
+        self.summed = False
+        self._lock = threading.RLock()
+
+    # --- running --------------------------------------------------------------------------------
+
+    def run(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The results, in the order of the outputs."""
+        if torch.compiler.is_compiling():
+            return self._traced(x)
+        if _torch.transforming():
+            raise transformed()
+        batch, event = x.shape[: self.batch_ndim], x.shape[self.batch_ndim :]
+        xs = x.reshape(-1, *event)
+        parts, order = [], []
+        for variant, places in self._groups(xs.detach()):
+            whole = len(places) == len(xs)
+            parts.append(variant.run_each(xs if whole else xs[places], self.running))
+            order.append(places)
+        results = [torch.cat(r) for r in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
+        if len(parts) > 1:
+            back = torch.argsort(torch.cat(order))
+            results = [r.index_select(0, back) for r in results]
+        return self._finish(x, [r.reshape(*batch, *r.shape[1:]) for r in results])
+
+    def _finish(self, x: torch.Tensor, results: list[torch.Tensor]) -> list[torch.Tensor]:
+        named = dict(zip(self.options.outputs, results, strict=True))
+        if self.summed:
+            named["value"] = named["value"].sum()
+        if not torch.compiler.is_compiling():
+            self._check(x, named["value"])
+        return [named[name] for name in self.given.outputs]
+
+    def _traced(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """While PyTorch traces the call: the program run last, for all samples; that it is right
+        becomes a part of what is traced."""
+        variant = self.variants[0] if self.variants else None
+        if variant is None or variant.matcher is None:
+            raise InputError(
+                "the structure of the model depends on the values of x, and no one program can"
+                " serve a batch",
+                hint="call it once before, on samples of one structure, or leave it uncompiled:"
+                " torch.compiler.disable",
+            )
+        batch, event = x.shape[: self.batch_ndim], x.shape[self.batch_ndim :]
+        xs = x if self.batch_ndim == 1 else x.reshape(-1, *event)
+        if variant.structure is not None:
+            variant.structure.demand(xs, variant.matcher)
+        results = variant.run(xs, variant.read(), self.running)
+        return self._finish(x, [r.reshape(*batch, *r.shape[1:]) for r in results])
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors of the model that its programs take."""
+        return [s.read(self.model) for variant in self.variants for s in variant.sources]
+
+    def of_first(self, x: torch.Tensor) -> Variant:
+        """The program of the first sample."""
+        event = x.shape[self.batch_ndim :]
+        ((variant, _),) = self._groups(x.detach().reshape(-1, *event)[:1])
+        return variant
+
+    # --- grouping -------------------------------------------------------------------------------
+
+    def _groups(self, xs: torch.Tensor) -> list[tuple[Variant, torch.Tensor]]:
+        """The samples by structure: programs, and the positions of those they serve."""
+        with self._lock, torch.no_grad():
+            left = torch.arange(len(xs), device=xs.device)
+            if not len(xs):
+                variant = self.variants[0] if self.variants else None
+                return [(variant or self._capture(xs.new_zeros(xs.shape[1:])), left)]
+            groups: list[tuple[Variant, torch.Tensor]] = []
+            self.variants[:] = [v for v in self.variants if self._fits(v)]
+            for variant in list(self.variants):
+                right = variant.matches(xs[left] if groups else xs)
+                if bool(right.any()):
+                    groups.append((variant, left[right]))
+                    left = left[~right]
+                if not len(left):
+                    break
+            while len(left):
+                variant = self._capture(xs[left[0]])
+                right = variant.matches(xs[left])
+                right[0] = True
+                groups.append((variant, left[right]))
+                left = left[~right]
+            for variant, _ in reversed(groups):  # most recent first
+                self.variants.remove(variant)
+                self.variants.insert(0, variant)
+            return groups
+
+    def _fits(self, variant: Variant) -> bool:
+        return variant.fits(variant.read())
+
+    def _capture(self, x: torch.Tensor) -> Variant:
+        """A program for samples like x, one that is batched where that can be."""
+        with collector_paused():
+            return self._captured(x)
+
+    def _captured(self, x: torch.Tensor) -> Variant:
+        nb = self.batch_ndim
+        captured = capture(self.model, x, 0, alone=nb)
+        if not self.variants:
+            self._find_sum(x)
+        varying = captured.structure.varying if captured.structure is not None else None
+        try:
+            binding = bind(self.model, batched(captured), x[None], self.options)
+            matcher = _NOTHING
+            if varying is not None:
+                matcher = compile_guard(captured, varying, x[None])
+        except Exception:  # whatever the reason, the exact way one at a time is left
+            binding = bind(self.model, captured, x, self.options)
+            matcher = None
+        variant = Variant(**vars(binding), matcher=matcher)
+        self.variants[:] = [v for v in self.variants if v.generation == programs.generation]
+        keep(self.variants, variant)
+        return variant
+
+    def _find_sum(self, x: torch.Tensor) -> None:
+        """Whether the model returns one number for a batch, the sum over its samples: seen on a
+        batch of two."""
+        two = x.expand(*([2] * self.batch_ndim), *x.shape).clone()
+        self.summed = self._value(two).ndim == 0
+
+    def _value(self, x: torch.Tensor) -> torch.Tensor:
+        """What the model returns; its buffers stay as they are."""
+        buffers = {name: t.clone() for name, t in self.model.named_buffers()}
+        with torch.no_grad():
+            result: torch.Tensor = torch.func.functional_call(self.model, buffers, (x,))
+        return result
+
+    def _check(self, x: torch.Tensor, value: torch.Tensor) -> None:
+        """Each sample was looked at alone: the model must give the same for the batch.
+
+        Raises:
+            SampleMixingError: it does not.
+        """
+        if x.shape[: self.batch_ndim].numel() < 2 or any(v.random for v in self.variants):
+            return
+        want = self._value(x.detach())
+        if want.numel() != value.numel() or not agree(value.detach().reshape(want.shape), want):
+            raise SampleMixingError(
+                "samples of the batch see each other: the model gives them other values together"
+                " than alone, and its structure depends on values",
+                where=self.where,
+                hint="decide for each sample by itself (a mask with torch.where instead of `if`),"
+                " or name more trailing axes as one sample with event_ndim=",
+            )
+
+    def shown(self, x: torch.Tensor) -> torch.Tensor:
+        """x as the program of its first sample takes it."""
+        xs = x.reshape(-1, *x.shape[self.batch_ndim :])
+        return xs if self.of_first(x).matcher is not None else xs[0]
+
+    def notes(self) -> list[str]:
+        """For ``explain``."""
+        single = sum(v.matcher is None for v in self.variants)
+        notes = [
+            f"the structure depends on the values of each sample: {len(self.variants)} structures"
+            " so far, each captured for one sample; the samples of one structure run as a batch"
+        ]
+        if single:
+            notes.append(f"slower: those of {single} of the structures run one at a time")
+        return notes
+
+
+__all__: Sequence[Any] = ["Apart", "Variant"]

@@ -1,0 +1,200 @@
+"""A program as one model uses it."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxhess import _torch
+from fxhess.cache import programs
+from fxhess.capture import Captured
+from fxhess.checks import check_tensors, check_types
+from fxhess.errors import CaptureError, InputError, StructureWarning
+from fxhess.execute import Hoisted, Runner, Running, run_whole
+from fxhess.guards import Structure
+from fxhess.pipeline import Options, Program, compile_captured, key_of
+from fxhess.sources import Reader, Source
+
+# Programs of one model for inputs of one shape, one for each structure seen.
+MAX_STRUCTURES = 64
+_MANY = 16  # captures after which a warning is due
+_MAX_EXACT = 8  # captures for a number that has to be exactly the one seen
+
+
+@dataclass(eq=False)
+class Binding:
+    """A program, where the model's tensors that it takes are read, and what they must be.
+
+    ``guards`` on the batch sizes in ``symbols``, and ``structure`` on values, say what the program
+    holds for; ``generation`` is that of the cache;
+    ``captures``: the how manieth structure it is.
+    """
+
+    program: Program
+    sources: list[Source]
+    read: Reader
+    specs: list[tuple[torch.Size, torch.dtype, torch.device]]
+    guards: tuple[Any, ...]
+    symbols: tuple[Any, ...]
+    generation: int
+    structure: Structure | None = None
+    captures: int = 1
+    hoisted: Hoisted = field(default_factory=Hoisted)
+    # The program as one operator, where it can be one; made now: a compiler that traces a call
+    # must find it ready.
+    runner: Runner | None = None
+
+    def __post_init__(self) -> None:
+        if self.program.execution is not None:
+            self.runner = Runner(self.program.execution, self.hoisted)
+
+    @property
+    def summed(self) -> bool:
+        """Whether the model returns the plain sum over the batch."""
+        return self.program.summed
+
+    @property
+    def unconditional(self) -> bool:
+        """Whether it serves all batch sizes and values."""
+        return not self.guards and self.structure is None
+
+    @cached_property
+    def random(self) -> bool:
+        """Whether the program draws random numbers."""
+        return any(
+            torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+            for node in self.program.graph_module.graph.nodes
+        )
+
+    def serves(self, x: torch.Tensor) -> bool:
+        """Whether the program is right for this x and the model as it is now.  While PyTorch traces
+        the call nothing can be known of values: then :meth:`run` demands it."""
+        if self.guards and not _torch.conditions_hold(self.symbols, self.guards, x.shape):
+            return False
+        if self.structure is None or torch.compiler.is_compiling():
+            return True
+        if self.structure.varying is not None and _torch.transforming():
+            raise transformed()
+        return self.structure.holds(x)
+
+    def fits(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether the model's tensors are those that it was traced for, in shape, type and
+        device."""
+        for tensor, spec in zip(tensors, self.specs, strict=True):
+            if (
+                tensor is None
+                or tensor.shape != spec[0]
+                or tensor.dtype != spec[1]
+                or tensor.device != spec[2]
+            ):
+                return False
+        return True
+
+    def run(
+        self, x: torch.Tensor, tensors: list[torch.Tensor], running: Running
+    ) -> list[torch.Tensor]:
+        """All results: in tiles where nothing but numbers is wanted and there is enough work for
+        it, otherwise by the plain program, which autograd and functional transforms see."""
+        program = self.program
+        wanted = torch.is_grad_enabled() and (
+            x.requires_grad or any(t.requires_grad for t in tensors)
+        )
+        if torch.compiler.is_compiling():
+            runner = self.runner
+            whole = wanted or runner is None or not runner.execution.worth_a_call
+            if whole or torch.compiler.is_exporting():
+                return run_whole(program.fused, x, tensors)
+            return runner.traced(x, tensors)  # type: ignore[union-attr]
+        if type(x) not in (torch.Tensor, nn.Parameter) or _torch.transforming():
+            return run_whole(program.graph_module, x, tensors)
+        execution = program.execution
+        if running.max_memory is not None:
+            program.check_memory(x, wanted, running.max_memory)
+        if (
+            not wanted
+            and execution is not None
+            and (running.max_memory is not None or execution.worthwhile(x))
+        ):
+            return execution(x, tensors, None, self.hoisted, running)
+        return run_whole(program.compiled if running.compile else program.graph_module, x, tensors)
+
+
+def bind(model: nn.Module, captured: Captured, x: torch.Tensor, options: Options) -> Binding:
+    """The program of a captured model, compiled or found in the cache."""
+    tensors = [source.read(model) for source in captured.sources]
+    used = {
+        ".".join(source.path) or "a tensor made in forward": tensor
+        for source, tensor in zip(captured.sources, tensors, strict=True)
+    }
+    check_tensors(used, x)
+    if not captured.converts:
+        check_types(used, x)
+    key = key_of(captured, x, options)
+    return Binding(
+        programs.get(key, lambda: compile_captured(captured, x, options)),
+        captured.sources,
+        Reader(captured.sources, model),
+        [(t.shape, t.dtype, t.device) for t in tensors],
+        captured.guards,
+        captured.symbols,
+        programs.generation,
+        captured.structure,
+    )
+
+
+def keep(known: list[Any], binding: Binding) -> None:
+    """Add a program to those for the same shapes, most recent first; at most MAX_STRUCTURES of
+    those that differ by values are kept.
+
+    Raises:
+        CaptureError: numbers that depend on x are guarded by their exact value, over and over.
+    """
+    structure = binding.structure
+    if structure is None:
+        known.insert(0, binding)
+        return
+    others = [b for b in known if b.structure is not None]
+    binding.captures += max((b.captures for b in others), default=0)
+    exact = [r for r in structure.reads if r.varying and r.is_exact]
+    if exact and binding.captures > _MAX_EXACT:
+        raise CaptureError(
+            f"a number computed from x is needed as a number of Python: {_MAX_EXACT} programs were"
+            " made for as many values of it, each of which holds for one x",
+            where=exact[0].origin,
+            hint="keep it a tensor (x.max(), not float(x.max()) or math.exp of it), or move it out"
+            " of the model",
+        )
+    known.insert(0, binding)
+    if binding.captures == _MANY:
+        warnings.warn(
+            f"fxhess: the model was captured {_MANY} times since its structure changes with the"
+            f" values read:\n  {structure.reads[-1]}\n  next:  read less of them, or keep"
+            " all entries and choose with torch.where; hess.explain(x) lists what is read",
+            StructureWarning,
+            stacklevel=2,
+        )
+    for dropped in others[MAX_STRUCTURES - 1 :]:
+        known.remove(dropped)
+
+
+def first(known: list[Any], binding: Any) -> None:
+    """Move the program that was used last to the front: it is the likeliest to be right again."""
+    with contextlib.suppress(ValueError):  # another thread did
+        known.remove(binding)
+    known.insert(0, binding)
+
+
+def transformed() -> InputError:
+    """The refusal to look at values inside of a functional transform."""
+    return InputError(
+        "the structure of the model depends on the values of x, which nobody knows inside of a"
+        " functional transform (torch.func.vmap, grad, ..)",
+        hint="call it outside: it is batched by itself",
+    )
