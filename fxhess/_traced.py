@@ -136,3 +136,9 @@ def unrolled() -> Iterator[None]:
         yield
     finally:
         torch.compiler.is_dynamo_compiling = original
+
+
+def demand(condition: torch.Tensor, message: str) -> None:
+    """Make it a part of the program being traced that ``condition`` holds: where it does not, the
+    program raises a RuntimeError with this message."""
+    torch._assert_async(condition, message)

@@ -97,7 +97,7 @@ class Guard:
         found = split((module or self.module)(*inputs), self.reads)
         for read, own in zip(self.reads, found, strict=True):
             for now, seen in zip(own, read.operands, strict=True):
-                torch._assert_async((now == seen).all(), _CHANGED.format(read))
+                _traced.demand((now == seen).all(), _CHANGED.format(read))
 
 
 _CHANGED = (
