@@ -15,10 +15,10 @@ from benchmarks.memory import peak_bytes
 from benchmarks.rivals import Problem, Rival, Runner
 from benchmarks.workloads import Workload
 
-__all__ = ["CHECKED_SAMPLES", "TOLERANCE", "Result", "RivalFailedError", "measure"]
+__all__ = ["CHECKED_SAMPLES", "TOLERANCES", "Result", "RivalFailedError", "measure"]
 
 CHECKED_SAMPLES = 3
-TOLERANCE = 1e-3  # of the largest entry, float32 against float64
+TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-9}  # of the largest entry
 MIN_SECONDS = 0.005  # of one measurement: shorter calls are repeated within it
 MIN_ROUNDS, MAX_ROUNDS = 3, 25
 
@@ -35,7 +35,10 @@ class RivalFailedError(Exception):
 
 @dataclass
 class Result:
-    """One rival on one workload. Times in seconds for the whole batch; memory in bytes."""
+    """One rival on one workload. Times in seconds for the whole batch; memory in bytes.
+
+    Of our own plan: the operations of its matrix products, and the time that it expected.
+    """
 
     rival: str
     failure: str | None = None  # the error's first line
@@ -43,6 +46,10 @@ class Result:
     error: float | None = None  # largest deviation over largest entry of the reference
     times: list[float] = field(default_factory=list)  # one of each round
     peak: int | None = None
+    tolerance: float = 0.0  # of the error
+    written: int | None = None  # the result's own bytes
+    arithmetic: int | None = None
+    predicted: float | None = None
 
     @property
     def median(self) -> float | None:
@@ -52,7 +59,7 @@ class Result:
     @property
     def correct(self) -> bool:
         """Whether the values were right; false also where they were NaN."""
-        return self.error is not None and self.error <= TOLERANCE
+        return self.error is not None and self.error <= self.tolerance
 
 
 def reference(problem: Problem, x: Tensor) -> Tensor:
@@ -132,14 +139,21 @@ def make_ready(
     budget: float,
 ) -> Entrant:
     """Build a rival, take its first call, check its values at ``indices``, and plan its rounds."""
-    result = Result(rival.name)
+    result = Result(rival.name, tolerance=TOLERANCES[problem.workload.dtype])
     start = time.perf_counter()
     runner = rival.build(problem)
     built = time.perf_counter() - start
     prepared = runner.prepare(x)
     result.first_call = built + seconds(runner.call, prepared, problem.device)
-    H = runner.to_torch(runner.call(prepared))[list(indices)]
-    result.error = relative_error(H, expected)
+    H = runner.to_torch(runner.call(prepared))
+    result.written = H.numel() * H.element_size()
+    result.error = relative_error(H[list(indices)], expected)
+    if H.dtype != problem.workload.dtype:
+        raise TypeError(f"the result is {H.dtype}, not {problem.workload.dtype}")
+    del H
+    if runner.explain is not None:
+        plan = runner.explain(x)
+        result.arithmetic, result.predicted = plan.arithmetic, plan.predicted
     warm = seconds(runner.call, prepared, problem.device)
     rounds = int(budget / max(warm, MIN_SECONDS))
     return Entrant(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 __all__ = [
     "AttentionBlock",
     "DeepSet",
+    "EncoderLayer",
     "Glm",
     "PairwiseEnergy",
     "Quadratic",
@@ -117,3 +118,18 @@ class AttentionBlock(nn.Module):
         x = x + self.proj(scores.softmax(-1) @ v)
         x = x + self.mlp(self.norm2(x))
         return self.head(x.mean(-2))
+
+
+class EncoderLayer(nn.Module):
+    """PyTorch's own encoder layer, mean over tokens, linear: ``[(B,) n, k]`` to ``[(B,) 1]``."""
+
+    def __init__(self, k: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(
+            k, heads, hidden, dropout=0.0, activation="gelu", batch_first=True
+        )
+        self.head = nn.Linear(k, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x: [(B,) n, k]`` to ``[(B,) 1]``."""
+        return self.head(self.layer(x).mean(-2))

@@ -1,158 +1,31 @@
-"""The results as a table, and as JSON with the machine, versions, command and date."""
+"""The results as tables: for a terminal, and in Markdown for the README."""
 
-import datetime
-import importlib.metadata
-import json
-import platform
 import statistics
-import subprocess
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import psutil
-import torch
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.cold import STEPS
-from benchmarks.measure import CHECKED_SAMPLES, TOLERANCE, Result
-from benchmarks.memory import METHOD
-from benchmarks.rivals import OURS
-from benchmarks.workloads import Workload
+from benchmarks.load import BUSY
+from benchmarks.measure import Result
+from benchmarks.results import Run, summary
+from benchmarks.rivals import OURS, STRATEGIES
 
-__all__ = ["Run", "machine", "print_cold", "print_memory", "print_times", "times", "write_json"]
+__all__ = [
+    "markdown",
+    "print_cold",
+    "print_strategies",
+    "print_summary",
+    "print_times",
+    "times",
+]
 
-PACKAGES = ("fxhess", "torch", "networkx", "opt_einsum", "jax", "jaxlib", "numpy")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One workload and its results, ours first if we took part."""
-
-    workload: Workload
-    results: Sequence[Result]
-
-    @property
-    def ours(self) -> Result | None:
-        """Our own result, if there is one with times."""
-        return next((r for r in self.results if r.rival == OURS and r.times), None)
-
-    @property
-    def best_rival(self) -> Result | None:
-        """The fastest correct rival that is not ours."""
-        others = [r for r in self.results if not r.rival.startswith(OURS) and r.correct and r.times]
-        return min(others, key=lambda r: statistics.median(r.times), default=None)
-
-
-def machine(device: str) -> dict[str, Any]:
-    """What the times depend on; nothing that names the machine or its user."""
-    facts: dict[str, Any] = {
-        "processor": processor(),
-        "cores": psutil.cpu_count(logical=False),
-        "logical_cores": psutil.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch_threads": torch.get_num_threads(),
-        "device": device,
-    }
-    if device.startswith("cuda"):
-        facts["gpu"] = torch.cuda.get_device_name(device)
-    return facts
-
-
-def processor() -> str:
-    """The processor's name where Linux tells it, else what Python knows."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or "unknown"
-
-
-def versions() -> dict[str, str]:
-    """The installed versions of what takes part."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    found["torch"] = torch.__version__  # with its build
-    return found
-
-
-def commit() -> str | None:
-    """The checkout's commit, marked where files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
-    try:
-        run = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--exclude", "*"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return run.stdout.strip()
-
-
-def write_json(
-    path: Path,
-    runs: Sequence[Run],
-    cold: Mapping[str, list[float]],
-    *,
-    command: str,
-    device: str,
-    others: float,
-) -> None:
-    """Everything measured, in seconds and bytes."""
-    document = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "commit": commit(),
-        "machine": machine(device),
-        "versions": versions(),
-        "share_of_processors_used_by_others": round(others, 3),
-        "method": {
-            "times": "seconds a batch; interleaved rounds in one process, fresh data each round",
-            "error": f"of the largest entry, against float64 double backward one sample at a time, "
-            f"on up to {CHECKED_SAMPLES} samples; tolerance {TOLERANCE}",
-            "memory": f"bytes of one call above what was held before: {METHOD}"
-            if device == "cpu"
-            else "bytes of one call above what was held before: PyTorch's allocator",
-        },
-        "workloads": [
-            {
-                "name": run.workload.name,
-                "summary": run.workload.summary,
-                "shape": list(run.workload.shape),
-                "outputs": run.workload.outputs,
-                "results": [
-                    {
-                        "rival": r.rival,
-                        "failure": r.failure,
-                        "median": r.median,
-                        "times": r.times,
-                        "first_call": r.first_call,
-                        "error": r.error,
-                        "correct": r.correct,
-                        "peak_bytes": r.peak,
-                    }
-                    for r in run.results
-                ],
-            }
-            for run in runs
-        ],
-        "cold": cold,
-    }
-    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+MIB = 2**20
 
 
 def milliseconds(value: float) -> str:
@@ -166,74 +39,206 @@ def times(ratio: float) -> str:
     return f"{ratio:,.0f}×" if ratio >= 10 else f"{ratio:.2g}×"
 
 
-def time_cell(result: Result, run: Run) -> str:
-    """The median, and in how many of ours it is; or what went wrong."""
-    median = result.median
-    if median is None:
-        return "[red]failed[/red]"
-    text = milliseconds(median)
+def megabytes(size: int) -> str:
+    """Bytes as MB; less than one says nothing."""
+    return "<1 MB" if size < MIB else f"{size / MIB:.0f} MB"
+
+
+def cell(result: Result, run: Run) -> tuple[str, str, str]:
+    """The median or what went wrong, in how many of ours it is, and the peak of memory."""
+    if result.median is None:
+        return "fails", "", ""
+    peak = "" if result.peak is None else megabytes(result.peak)
+    if not result.correct:
+        return "wrong", "", peak
     ours = run.ours
+    ratio = ""
     if ours is not None and ours is not result and ours.median is not None:
-        text += f" [dim]{times(median / ours.median)}[/dim]"
-    if result is run.ours:
-        text = f"[bold]{text}[/bold]"
-    return text if result.correct else f"[red]{text} wrong[/red]"
+        ratio = times(result.median / ours.median)
+    return milliseconds(result.median), ratio, peak
 
 
-def memory_cell(result: Result, _: Run) -> str:
-    """The peak in MB."""
-    if result.peak is None:
-        return "–"
-    return "<1" if result.peak < 2**20 else f"{result.peak / 2**20:.0f}"
+def limit_cell(run: Run) -> tuple[str, str]:
+    """The limit and our distance from it."""
+    if run.limit is None:
+        return "–", ""
+    return milliseconds(run.limit), "" if run.over_limit is None else times(run.over_limit)
 
 
-def table_of(title: str, runs: Sequence[Run], cell: Callable[[Result, Run], str]) -> Table:
-    """A row for each workload, a column for each rival."""
+def plain_table(title: str, columns: Sequence[str], left: int) -> Table:
+    """An empty table whose first ``left`` columns are words."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("workload", no_wrap=True)
-    table.add_column("x", no_wrap=True)
-    for result in runs[0].results:
-        table.add_column(result.rival, justify="right", no_wrap=True)
-    for run in runs:
-        shape = "×".join(map(str, run.workload.shape))
-        table.add_row(run.workload.name, shape, *(cell(r, run) for r in run.results))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < left else "right", no_wrap=True)
     return table
 
 
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """The rivals of all runs, in order."""
+    return list(dict.fromkeys(r.rival for run in runs for r in run.results))
+
+
 def print_times(console: Console, runs: Sequence[Run]) -> None:
-    """Medians, then each failure and each wrong value in a line of its own."""
-    console.print(table_of("Milliseconds a batch; ×: that time over ours", runs, time_cell))
+    """Time over memory, then each failure, wrong value and faster rival in a line of its own."""
+    names = names_of(runs)
+    title = (
+        "Milliseconds a batch (×: that time over ours), peak memory of a call with its result;"
+        " limit (×: our time over it)"
+    )
+    table = plain_table(title, ("workload", "x", *names, "limit"), 2)
     for run in runs:
-        ours, best = run.ours, run.best_rival
+        found = {r.rival: r for r in run.results}
+        table.add_row(
+            run.name, run.size, *(rich_cell(found[n], run) if n in found else "–" for n in names),
+            " ".join(limit_cell(run)),
+        )  # fmt: skip
+    console.print(table)
+    for run in runs:
         for result in run.results:
-            where = f"{run.workload.name}, {result.rival}: "
+            where = f"{run.name}, {result.rival}: "
             if result.failure is not None:
                 console.print(f"[red]{where}[/red]{escape(result.failure)}")
             elif not result.correct:
                 console.print(f"[red]{where}[/red]relative error {result.error}")
-        if ours is None or best is None or ours.median is None or best.median is None:
+        lead, best = run.lead(), run.best_rival
+        if lead is not None and best is not None and lead < 1:
+            console.print(f"{run.name}: {best.rival} is {times(1 / lead)} faster than ours")
+
+
+def rich_cell(result: Result, run: Run) -> str:
+    """Two lines: time and ratio, memory."""
+    time, ratio, peak = cell(result, run)
+    if time in ("fails", "wrong"):
+        time = f"[red]{time}[/red]"
+    elif result is run.ours:
+        time = f"[bold]{time}[/bold]"
+    return f"{time} [dim]{ratio}[/dim]\n[dim]{peak}[/dim]"
+
+
+def print_summary(console: Console, runs: Sequence[Run]) -> None:
+    """Over all rows."""
+    for line in summary_lines(runs):
+        console.print(line)
+
+
+def summary_lines(runs: Sequence[Run]) -> list[str]:
+    """One sentence for each of ours: the mean lead, the smallest, memory."""
+    lines = []
+    for name in names_of(runs):
+        found = summary(runs, name) if name.startswith(OURS) else None
+        if found is None:
             continue
-        if best.median < ours.median:
-            ratio = times(ours.median / best.median)
-            console.print(f"{run.workload.name}: {best.rival} is {ratio} faster than ours")
+        line = (
+            f"{name}: geometric mean of (best rival / ours) {times(found.mean)} over"
+            f" {found.counted} of {found.rows} rows; smallest {times(found.smallest)}"
+            f" ({found.smallest_row})"
+        )
+        if found.weighed:
+            line += f"; memory at most the best rival's in {found.leaner} of {found.weighed}"
+        lines.append(line)
+    return lines
 
 
-def print_memory(console: Console, runs: Sequence[Run]) -> None:
-    """Peak memory, if any was measured."""
-    if any(r.peak is not None for run in runs for r in run.results):
-        console.print(table_of("Peak memory of a call, MB, its result included", runs, memory_cell))
+def print_strategies(console: Console, runs: Sequence[Run]) -> None:
+    """The planner's choice beside each strategy forced: it should never be the slower one."""
+    forced = [f"{OURS} {name}" for name in STRATEGIES]
+    columns = ("workload", "x", OURS, *forced, "best single / ours")
+    table = plain_table("Milliseconds a batch, planned and forced", columns, 2)
+    ratios = []
+    for run in runs:
+        found = {r.rival: r for r in run.results}
+        singles = [r.median for n in forced if (r := run.result_of(n)) is not None]
+        best = min((m for m in singles if m is not None), default=None)
+        ours, ratio = run.ours, None
+        if best is not None and ours is not None and ours.median is not None:
+            ratio = best / ours.median
+            ratios.append((ratio, run.name))
+        table.add_row(
+            run.name,
+            run.size,
+            *(rich_cell(found[n], run) if n in found else "–" for n in (OURS, *forced)),
+            "–" if ratio is None else times(ratio),
+        )
+    console.print(table)
+    for run in runs:
+        for result in run.results:
+            if result.failure is not None:
+                console.print(f"{run.name}, {result.rival}: {escape(result.failure)}")
+    if ratios:
+        ratio, name = min(ratios)
+        console.print(f"smallest best single / ours: {times(ratio)} ({name})")
 
 
 def print_cold(console: Console, cold: Mapping[str, list[float]]) -> None:
     """First calls."""
-    table = Table(
-        title=f"First calls, medians of {len(cold['first'])} fresh processes",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    table.add_column("what")
-    table.add_column("ms", justify="right")
+    title = f"First calls, medians of {len(cold['first'])} fresh processes"
+    table = plain_table(title, ("what", "ms"), 1)
     for step, what in STEPS.items():
         table.add_row(what, milliseconds(statistics.median(cold[step])))
     console.print(table)
+
+
+# --- Markdown -------------------------------------------------------------------------------------
+
+
+def markdown(document: Mapping[str, Any], runs: Sequence[Run]) -> str:
+    """The README's table with what it was measured on, out of a JSON document."""
+    machine, versions = document["machine"], document["versions"]
+    where = machine.get("gpu") or f"{machine['torch_threads']} threads of an {machine['processor']}"
+    names = names_of(runs)
+    memory = any(r.peak is not None for run in runs for r in run.results)
+    caption = (
+        f"Milliseconds a batch: medians of interleaved rounds on {where}, PyTorch"
+        f" {versions['torch']}, JAX {versions['jax']}, {document['date'][:10]},"
+        f" `{document['command']}`; every value checked against float64 double backward. ×: that"
+        " time over ours, so above 1 fxhess is faster."
+        + (" In brackets the peak memory of a call with its result, in MB." if memory else "")
+        + " Limit: the plan's matrix products at the machine's fastest measured rate and the"
+        " result written once (×: our time over that)."
+    )
+    busy = document["share_of_processors_used_by_others"]
+    if busy > BUSY:
+        caption += f" Others used {busy:.0%} of the processors meanwhile: times may be far off."
+    lines = [
+        fill(caption),
+        "",
+        table_row(("workload", "x", *names, "limit")),
+        table_row(["---"] * (len(names) + 3)),
+    ]
+    for run in runs:
+        found = {r.rival: r for r in run.results}
+        cells = [markdown_cell(found[n], run) if n in found else "–" for n in names]
+        limit, over = limit_cell(run)
+        label = run.summary.replace("|", "\\|")
+        lines.append(table_row((label, run.size, *cells, f"{limit}, {over}" if over else limit)))
+    failures = [
+        f"{run.name}, {r.rival}: {r.failure or f'relative error {r.error:.1g}'}"
+        for run in runs
+        for r in run.results
+        if r.failure is not None or not r.correct
+    ]
+    lines += ["", *(fill(f"- {line}", "  ") for line in summary_lines(runs))]
+    if failures:
+        lines += ["", fill("Fails or is wrong: " + "; ".join(f"`{f}`" for f in failures) + ".")]
+    return "\n".join(lines)
+
+
+def fill(text: str, indent: str = "") -> str:
+    """A paragraph of the README's width, its words whole."""
+    return textwrap.fill(
+        text, 114, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def table_row(cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def markdown_cell(result: Result, run: Run) -> str:
+    """``118, 4.6× (95)``."""
+    time, ratio, peak = cell(result, run)
+    if result is run.ours:
+        time = f"**{time}**"
+    text = f"{time}, {ratio}" if ratio else time
+    return f"{text} ({peak.removesuffix(' MB')})" if peak else text

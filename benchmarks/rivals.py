@@ -13,7 +13,7 @@ from torch.func import hessian, jacrev, vmap
 import fxhess
 from benchmarks.workloads import Workload
 
-__all__ = ["OURS", "RIVALS", "Problem", "Rival", "Runner"]
+__all__ = ["OURS", "RIVALS", "STRATEGIES", "Problem", "Rival", "Runner"]
 
 OURS = "fxhess"
 
@@ -47,11 +47,13 @@ class Runner:
 
     ``prepare`` brings a PyTorch batch into the rival's own form, which is not timed; ``call`` is
     timed, and returns only when the result is there or leaves that to PyTorch's synchronization.
+    ``explain`` tells our own plan for a batch.
     """
 
     prepare: Callable[[Tensor], Any]
     call: Callable[[Any], Any]
     to_torch: Callable[[Any], Tensor]
+    explain: Callable[[Tensor], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,20 @@ def in_torch(call: Callable[[Tensor], Tensor]) -> Runner:
     return Runner(same, call, same)
 
 
-def ours(problem: Problem) -> Runner:
+def transformed(problem: Problem, **options: Any) -> fxhess.HessianModule:
     """``fxhess.transform`` as a user calls it."""
-    return in_torch(fxhess.transform(problem.model, event_ndim=problem.workload.event_ndim))
+    return fxhess.transform(problem.model, event_ndim=problem.workload.event_ndim, **options)
+
+
+def ours(problem: Problem) -> Runner:
+    """Our module, called."""
+    hess = transformed(problem)
+    return Runner(same, hess, same, hess.explain)
 
 
 def ours_into(problem: Problem) -> Runner:
     """The same, each call writing into one kept result."""
-    hess = fxhess.transform(problem.model, event_ndim=problem.workload.event_ndim)
+    hess = transformed(problem)
     kept: list[Tensor] = []
 
     def call(x: Tensor) -> Tensor:
@@ -94,10 +102,20 @@ def ours_into(problem: Problem) -> Runner:
 
 
 def ours_compiled(problem: Problem) -> Runner:
-    """``torch.compile`` over our module, once it is specialized."""
-    hess = fxhess.transform(problem.model, event_ndim=problem.workload.event_ndim)
+    """The same, compiled by itself."""
+    return in_torch(transformed(problem, compile=True))
+
+
+def ours_within(problem: Problem) -> Runner:
+    """``torch.compile`` over our module, as part of a larger program would be."""
+    hess = transformed(problem)
     hess.specialize(problem.workload.make_x(0, problem.device))
     return in_torch(torch.compile(hess))
+
+
+def forced(strategy: str) -> Callable[[Problem], Runner]:
+    """All terms end in one way."""
+    return lambda problem: in_torch(transformed(problem, strategy=strategy))
 
 
 def vmap_hessian(problem: Problem) -> Runner:
@@ -142,6 +160,8 @@ def jax_hessian(problem: Problem) -> Runner:
     jax = importlib.import_module("jax")
     twins = importlib.import_module("benchmarks.twins")
     jax.config.update("jax_default_matmul_precision", "highest")  # as PyTorch: no TF32
+    # Of this process, which measures one workload only.
+    jax.config.update("jax_enable_x64", problem.workload.dtype == torch.float64)
     platform = "gpu" if problem.device.startswith("cuda") else "cpu"
     device = jax.devices(platform)[0]
     f = twins.twin_of(problem.model)
@@ -158,10 +178,17 @@ def jax_hessian(problem: Problem) -> Runner:
     return Runner(prepare, lambda x: batched(weights, x).block_until_ready(), to_torch)
 
 
+STRATEGIES = ("close", "pull", "rebase")
+
 RIVALS = [
     Rival(OURS, "fxhess.transform(model)", ours),
-    Rival("fxhess out=", "the same, writing into one result", ours_into, default=False),
-    Rival("fxhess compiled", "torch.compile of the same", ours_compiled, default=False),
+    Rival("fxhess out=", "the same, writing into one result", ours_into),
+    Rival("fxhess compiled", "fxhess.transform(model, compile=True)", ours_compiled),
+    Rival("fxhess within", "torch.compile of the module", ours_within, default=False),
+    *(
+        Rival(f"fxhess {name}", f"with strategy={name!r}", forced(name), default=False)
+        for name in STRATEGIES
+    ),
     Rival("vmap(hessian)", "torch.func, eager", vmap_hessian),
     Rival("compiled hessian", "torch.compile(vmap(hessian))", vmap_hessian_compiled),
     Rival("compiled jacrev²", "torch.compile(vmap(jacrev(jacrev)))", jacrev_compiled),

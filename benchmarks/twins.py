@@ -112,6 +112,26 @@ def attention_block(model: nn.Module) -> Twin:
     return f
 
 
+def encoder_layer(model: nn.Module) -> Twin:
+    """The twin of ``models.EncoderLayer``."""
+    heads = model.get_submodule("layer.self_attn").num_heads
+
+    def split(t: Array) -> Array:
+        return t.reshape(t.shape[0], heads, -1).swapaxes(0, 1)  # [heads, n, k / heads]
+
+    def f(p: Params, x: Array) -> Array:
+        mixed = x @ p["layer.self_attn.in_proj_weight"].T + p["layer.self_attn.in_proj_bias"]
+        q, k, v = (split(t) for t in jnp.split(mixed, 3, axis=-1))
+        weights = jax.nn.softmax(q @ k.swapaxes(1, 2) / q.shape[-1] ** 0.5, axis=-1)
+        attended = (weights @ v).swapaxes(0, 1).reshape(x.shape)
+        x = layer_norm(p, "layer.norm1", x + dense(p, "layer.self_attn.out_proj", attended))
+        hidden = jax.nn.gelu(dense(p, "layer.linear1", x), approximate=False)
+        x = layer_norm(p, "layer.norm2", x + dense(p, "layer.linear2", hidden))
+        return dense(p, "head", x.mean(-2))
+
+    return f
+
+
 TWINS: dict[type[nn.Module], Callable[[nn.Module], Twin]] = {
     nn.Sequential: chain,
     models.Quadratic: quadratic,
@@ -119,4 +139,5 @@ TWINS: dict[type[nn.Module], Callable[[nn.Module], Twin]] = {
     models.DeepSet: deep_set,
     models.PairwiseEnergy: pairwise_energy,
     models.AttentionBlock: attention_block,
+    models.EncoderLayer: encoder_layer,
 }

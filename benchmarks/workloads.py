@@ -1,7 +1,7 @@
 """The workloads: what is differentiated, at which size. A new one is a line in ``WORKLOADS``."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ __all__ = ["WORKLOADS", "Workload"]
 
 @dataclass(frozen=True)
 class Workload:
-    """A model and the shape of its batch ``x: [B, *event]``, entries standard normal."""
+    """A model, and the shape and type of its batch ``x: [B, *event]``, entries standard normal."""
 
     name: str
     summary: str
@@ -22,6 +22,7 @@ class Workload:
     outputs: int = 1  # m of a model that gives [B, m]
     batches_only: bool = False  # the model cannot take one sample without a batch axis
     quick: bool = False  # short enough to be part of --quick
+    dtype: torch.dtype = torch.float32
 
     @property
     def event_ndim(self) -> int:
@@ -34,27 +35,58 @@ class Workload:
         return torch.Size(self.shape[1:]).numel()
 
     def make_model(self, device: str) -> nn.Module:
-        """The model with its own reproducible weights, float32, in evaluation mode.
+        """The model with its own reproducible weights, in evaluation mode.
 
         Its weights are frozen: a Hessian is wanted, no gradient through it, of every rival.
         """
         torch.manual_seed(0)
-        return self.model().to(device).eval().requires_grad_(False)
+        return self.model().to(device, self.dtype).eval().requires_grad_(False)
 
     def make_x(self, seed: int, device: str) -> Tensor:
         """Fresh data, the same for the same seed."""
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(self.shape, generator=generator).to(device)
+        return torch.randn(self.shape, generator=generator, dtype=self.dtype).to(device)
 
+    def in_double(self) -> "Workload":
+        """The same in float64."""
+        return replace(self, name=f"{self.name}-f64", dtype=torch.float64, quick=False)
+
+
+HEADLINE = Workload(
+    "headline",
+    "tanh net 200-200-200-1",
+    lambda: models.tanh_net(200, 200, 200, 1),
+    (500, 200),
+    quick=True,
+)
+PINN = Workload(
+    "pinn",
+    "PINN, tanh net 3-64-64-64-64-1",
+    lambda: models.tanh_net(3, 64, 64, 64, 64, 1),
+    (10_000, 3),
+)
+PINN_2 = Workload(
+    "pinn-2",
+    "PINN, tanh net 2-64-64-64-64-1",
+    lambda: models.tanh_net(2, 64, 64, 64, 64, 1),
+    (10_000, 2),
+)
+VECTOR = Workload(
+    "vector",
+    "tanh net 2-64-64-3, three outputs",
+    lambda: models.tanh_net(2, 64, 64, 3),
+    (2000, 2),
+    outputs=3,
+)
+LAPLACIAN_MLP = Workload(
+    "laplacian-mlp",
+    "tanh net 50-768-768-512-512-1",
+    lambda: models.tanh_net(50, 768, 768, 512, 512, 1),
+    (16, 50),
+)
 
 WORKLOADS = [
-    Workload(
-        "headline",
-        "tanh net 200-200-200-1",
-        lambda: models.tanh_net(200, 200, 200, 1),
-        (500, 200),
-        quick=True,
-    ),
+    HEADLINE,
     Workload("small", "tanh net 10-32-1", lambda: models.tanh_net(10, 32, 1), (32, 10), quick=True),
     Workload(
         "columns",
@@ -71,26 +103,21 @@ WORKLOADS = [
         batches_only=True,
         quick=True,
     ),
-    Workload(
-        "pinn",
-        "tanh net 3-64-64-64-64-1",
-        lambda: models.tanh_net(3, 64, 64, 64, 64, 1),
-        (10_000, 3),
-    ),
-    Workload(
-        "vector",
-        "tanh net 2-64-64-3, three outputs",
-        lambda: models.tanh_net(2, 64, 64, 3),
-        (2000, 2),
-        outputs=3,
-    ),
-    Workload(
-        "laplacian-mlp",
-        "tanh net 50-768-768-512-512-1",
-        lambda: models.tanh_net(50, 768, 768, 512, 512, 1),
-        (16, 50),
-    ),
+    PINN,
+    PINN.in_double(),
+    PINN_2,
+    PINN_2.in_double(),
+    VECTOR,
+    replace(VECTOR, name="vector-large", shape=(20_000, 2)),
+    LAPLACIAN_MLP,
+    LAPLACIAN_MLP.in_double(),
     Workload("wide", "tanh net 784-128-64-1", lambda: models.tanh_net(784, 128, 64, 1), (32, 784)),
+    Workload(
+        "bottleneck",
+        "tanh net 300-32-32-1",
+        lambda: models.tanh_net(300, 32, 32, 1),
+        (100, 300),
+    ),
     Workload("deep-set", "deep set, 32 of 4, width 64", lambda: models.DeepSet(4, 64), (64, 32, 4)),
     Workload(
         "pairwise",
@@ -103,6 +130,12 @@ WORKLOADS = [
         "attention",
         "attention block, 8 tokens of 16",
         lambda: models.AttentionBlock(16),
+        (16, 8, 16),
+    ),
+    Workload(
+        "encoder",
+        "nn.TransformerEncoderLayer, gelu, 8 tokens of 16",
+        lambda: models.EncoderLayer(16, 2, 32),
         (16, 8, 16),
     ),
     Workload("cnn", "CNN of two convolutions, 28×28", models.small_cnn, (4, 1, 28, 28)),
