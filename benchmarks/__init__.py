@@ -1,6 +1,7 @@
 """fxhess beside its rivals, on workloads as data: ``python -m benchmarks``.
 
-``workloads`` and ``rivals`` are tables, one line to add to. ``measure`` runs and checks one
-workload, ``worker`` does so in a process of its own, ``cold`` times first calls in fresh processes,
-``report`` and ``plot`` show the results. Of fxhess, only the public API is used.
+``workloads``, ``growth`` and ``rivals`` are tables, one line to add to. ``measure`` runs and checks
+one workload, ``worker`` does so in a process of its own, ``cold`` times first calls in fresh
+processes. ``results`` holds what was measured and how it compares, ``report`` and ``plot`` show it.
+Of fxhess, only the public API is used.
 """

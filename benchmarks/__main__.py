@@ -166,7 +166,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.width = 200
     facts = results.machine(arguments.device)
     where = facts.get("gpu", facts["processor"])
-    title = f"{where}, {facts['torch_threads']} threads, PyTorch {torch.__version__}"
+    threads = facts["torch_threads"]
+    threads = f"{threads} thread" + "s" * (threads != 1)
+    title = f"{where}, {threads}, PyTorch {torch.__version__}"
     console.print(f"{title}\n")
     if others > BUSY:
         console.print(

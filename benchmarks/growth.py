@@ -5,9 +5,11 @@ from functools import partial
 from benchmarks import models
 from benchmarks.workloads import Workload
 
-__all__ = ["AXES", "GROWTH", "size_of"]
+__all__ = ["AXES", "BASE", "GROWTH", "size_of"]
 
 BATCH, INPUTS, DEPTH, WIDTH = 256, 16, 3, 64
+
+BASE = f"a tanh net with {DEPTH} hidden layers of {WIDTH}, x of {BATCH}×{INPUTS}"
 
 AXES = {
     "batch": "samples B",

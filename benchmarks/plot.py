@@ -10,7 +10,7 @@ matplotlib.use("Agg")  # no display is needed, or there
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter
 
-from benchmarks.growth import AXES, size_of
+from benchmarks.growth import AXES, BASE, size_of
 from benchmarks.measure import Result
 from benchmarks.report import names_of, times
 from benchmarks.results import Run
@@ -133,8 +133,10 @@ def draw_growth(path: Path, runs: Sequence[Run], title: str) -> None:
         ("milliseconds", lambda r: None if r.median is None else r.median * 1e3)
     ]
     if any(r.peak is not None for run in runs for r in run.results):
-        # Below a page or two the system's count says nothing.
-        quantities.append(("peak MB", lambda r: None if not r.peak else max(r.peak / MIB, 0.1)))
+        # Below that the system's count says nothing.
+        quantities.append(
+            ("peak MB, at least 1", lambda r: None if r.peak is None else max(r.peak / MIB, 1.0))
+        )
     figure, grid = plt.subplots(
         len(quantities), len(groups), figsize=(3.1 * len(groups) + 0.6, 2.7 * len(quantities) + 1),
         layout="constrained", squeeze=False, sharey="row", sharex="col",
@@ -166,7 +168,9 @@ def draw_growth(path: Path, runs: Sequence[Run], title: str) -> None:
         ncols=min(4, len(names)),
         frameon=False,
     )
-    figure.suptitle(title, fontsize=9, color="0.3", x=0.01, ha="left")
+    figure.suptitle(
+        f"{title}; {BASE} but for the size varied", fontsize=9, color="0.3", x=0.01, ha="left"
+    )
     figure.savefig(path, dpi=160)
     plt.close(figure)
 

@@ -112,7 +112,8 @@ def rich_cell(result: Result, run: Run) -> str:
         time = f"[red]{time}[/red]"
     elif result is run.ours:
         time = f"[bold]{time}[/bold]"
-    return f"{time} [dim]{ratio}[/dim]\n[dim]{peak}[/dim]"
+    text = f"{time} [dim]{ratio}[/dim]"
+    return f"{text}\n[dim]{peak}[/dim]" if peak else text
 
 
 def print_summary(console: Console, runs: Sequence[Run]) -> None:
@@ -184,7 +185,10 @@ def print_cold(console: Console, cold: Mapping[str, list[float]]) -> None:
 def markdown(document: Mapping[str, Any], runs: Sequence[Run]) -> str:
     """The README's table with what it was measured on, out of a JSON document."""
     machine, versions = document["machine"], document["versions"]
-    where = machine.get("gpu") or f"{machine['torch_threads']} threads of an {machine['processor']}"
+    threads = machine["torch_threads"]
+    where = machine.get("gpu") or (
+        f"{threads} {'thread' if threads == 1 else 'threads'} ({machine['processor']})"
+    )
     names = names_of(runs)
     memory = any(r.peak is not None for run in runs for r in run.results)
     caption = (
