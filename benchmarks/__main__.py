@@ -14,7 +14,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 import fxhess
-from benchmarks import plot, report, results
+from benchmarks import plot, record, report
 from benchmarks.cold import measure_cold
 from benchmarks.growth import GROWTH
 from benchmarks.load import BUSY, watch_others
@@ -111,17 +111,17 @@ def rates_kept(calibrated: bool) -> Iterator[None]:
                     os.environ[name] = before[name]
 
 
-def speeds(device: str, dtypes: set[torch.dtype], quick: bool) -> dict[torch.dtype, results.Speed]:
+def speeds(device: str, dtypes: set[torch.dtype], quick: bool) -> dict[torch.dtype, record.Speed]:
     """What this machine does at most, measured."""
     found = {}
     for dtype in dtypes:
         rates = fxhess.calibrate(device, dtype, seconds=1.0 if quick else 3.0)
         fastest = max(rate for _, rate in (*rates.flat, *rates.batched))
-        found[dtype] = results.Speed(fastest, rates.memory)
+        found[dtype] = record.Speed(fastest, rates.memory)
     return found
 
 
-def run_all(arguments: argparse.Namespace) -> list[results.Run]:
+def run_all(arguments: argparse.Namespace) -> list[record.Run]:
     """Measure what was asked for, under a progress bar that counts workloads."""
     workloads, rivals = selected(arguments)
     names = tuple(rival.name for rival in rivals)
@@ -140,7 +140,7 @@ def run_all(arguments: argparse.Namespace) -> list[results.Run]:
                 arguments.patience,
             )
             found = run_job(job, lambda stage, rival: bar.set_postfix_str(f"{rival}: {stage}"))
-            runs.append(results.Run.of(workload, found, limits[workload.dtype]))
+            runs.append(record.Run.of(workload, found, limits[workload.dtype]))
     return runs
 
 
@@ -149,8 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     path = arguments.out / "-".join(filter(None, (arguments.device, arguments.kind)))
     if arguments.markdown:
-        document = results.read_json(path.with_suffix(".json"))
-        print(report.markdown(document, results.runs_of(document)))
+        document = record.read_json(path.with_suffix(".json"))
+        print(report.markdown(document, record.runs_of(document)))
         return 0
     given = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", "-m", "benchmarks", *given])
@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     if not console.is_terminal:
         console.width = 200
-    facts = results.machine(arguments.device)
+    facts = record.machine(arguments.device)
     where = facts.get("gpu", facts["processor"])
     threads = facts["torch_threads"]
     threads = f"{threads} thread" + "s" * (threads != 1)
@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         draw(path.with_suffix(".png"), runs, title)
     if cold:
         report.print_cold(console, cold)
-    results.write_json(
+    record.write_json(
         path.with_suffix(".json"),
         runs,
         cold,

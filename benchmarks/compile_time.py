@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fxhess
-from benchmarks import models, report
+from benchmarks import models
 from benchmarks.load import BUSY, watch_others
 from benchmarks.plot import COLOURS, MARKERS
+from benchmarks.record import machine
 
 __all__ = ["FAMILIES", "Timed", "main", "slope"]
 
@@ -231,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     if not console.is_terminal:
         console.width = 160
-    facts = report.machine("cpu")
+    facts = machine("cpu")
     title = f"{facts['processor']}, PyTorch {torch.__version__}"
     console.print(title)
     if others > BUSY:

@@ -12,8 +12,8 @@ from matplotlib.ticker import FuncFormatter
 
 from benchmarks.growth import AXES, BASE, size_of
 from benchmarks.measure import Result
+from benchmarks.record import Run
 from benchmarks.report import names_of, times
-from benchmarks.results import Run
 from benchmarks.rivals import OURS
 
 __all__ = ["draw", "draw_growth"]

@@ -13,7 +13,7 @@ from rich.table import Table
 from benchmarks.cold import STEPS
 from benchmarks.load import BUSY
 from benchmarks.measure import Result
-from benchmarks.results import Run, summary
+from benchmarks.record import Run, summary
 from benchmarks.rivals import OURS, STRATEGIES
 
 __all__ = [

@@ -13,7 +13,7 @@ import torch
 
 psutil = pytest.importorskip("psutil", reason="the extra `bench` is not installed")
 
-from benchmarks import growth, report, results, worker, workloads  # noqa: E402
+from benchmarks import growth, record, report, worker, workloads  # noqa: E402
 from benchmarks.measure import TOLERANCES, Result  # noqa: E402
 from benchmarks.rivals import RIVALS  # noqa: E402
 
@@ -26,7 +26,7 @@ def _result(rival, seconds, **more):
 
 
 def _run(name, *found, speed=None):
-    return results.Run.of(EVERY[name], found, speed)
+    return record.Run.of(EVERY[name], found, speed)
 
 
 ROWS = [
@@ -36,7 +36,7 @@ ROWS = [
         _result("fxhess compiled", 0.05, peak=90 << 20),
         _result("JAX jit", 0.4, peak=200 << 20),
         _result("gradient sum", 0.01, error=0.5),  # fast and wrong
-        speed=results.Speed(product=4e11, write=2e10),
+        speed=record.Speed(product=4e11, write=2e10),
     ),
     _run(
         "pinn-f64",
@@ -52,15 +52,15 @@ def test_only_right_values_and_other_projects_are_rivals():
     assert [run.lead() for run in ROWS] == [pytest.approx(4.0), pytest.approx(0.5)]
     assert ROWS[1].lead("fxhess compiled") is None
     wrong = _run("small", _result("fxhess", 0.1, error=math.nan), _result("JAX jit", 0.1))
-    assert wrong.lead() is None and results.summary([wrong]) is None
+    assert wrong.lead() is None and record.summary([wrong]) is None
 
 
 def test_the_summary_is_a_geometric_mean_and_the_worst_row():
-    found = results.summary(ROWS)
+    found = record.summary(ROWS)
     assert found.mean == pytest.approx(math.sqrt(2.0))
     assert (found.smallest, found.smallest_row) == (pytest.approx(0.5), "pinn-f64")
     assert (found.counted, found.rows, found.leaner, found.weighed) == (2, 2, 1, 2)
-    assert results.summary(ROWS, "fxhess compiled").counted == 1
+    assert record.summary(ROWS, "fxhess compiled").counted == 1
 
 
 def test_the_limit_is_arithmetic_and_writing():
@@ -71,14 +71,14 @@ def test_the_limit_is_arithmetic_and_writing():
 
 def test_what_is_written_is_read_again(tmp_path):
     path = tmp_path / "cpu.json"
-    document = results.write_json(
+    document = record.write_json(
         path, ROWS, {}, command="python -m benchmarks", device="cpu", calibrated=False, others=0.0
     )
-    assert results.read_json(path) == json.loads(json.dumps(document))
-    assert results.runs_of(results.read_json(path)) == [
-        results.Run(**{**vars(run), "results": list(run.results)}) for run in ROWS
+    assert record.read_json(path) == json.loads(json.dumps(document))
+    assert record.runs_of(record.read_json(path)) == [
+        record.Run(**{**vars(run), "results": list(run.results)}) for run in ROWS
     ]
-    text = report.markdown(document, results.runs_of(document))
+    text = report.markdown(document, record.runs_of(document))
     header, _, first, second = (line for line in text.splitlines() if line.startswith("|"))
     assert header.count("|") == first.count("|") == second.count("|")
     assert "**100** (100)" in first and "400, 4× (200)" in first and "wrong" in first
