@@ -354,6 +354,20 @@ def plain_attention() -> Any:
             stacks._detect_is_causal_mask = detect
 
 
+def autocasting(device: torch.device) -> torch.dtype | None:
+    """The type that ``torch.autocast`` casts to on a device now, None where it is off."""
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def as_written(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Inside, ``torch.autocast`` is off: a program holds the casts of its model, and its own
+    products are to be of the types that they were written for."""
+    if autocasting(device) is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def transforming() -> bool:
     """Whether a functional transform (``torch.func.vmap``, ``grad``, ..) is under way."""
     try:

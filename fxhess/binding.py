@@ -102,6 +102,9 @@ class Binding:
     ) -> list[torch.Tensor]:
         """All results: in tiles where nothing but numbers is wanted and there is enough work for
         it, otherwise by the plain program, which autograd and functional transforms see."""
+        if _torch.autocasting(x.device):
+            with _torch.as_written(x.device):
+                return self.run(x, tensors, running)
         program = self.program
         wanted = torch.is_grad_enabled() and (
             x.requires_grad or any(t.requires_grad for t in tensors)
@@ -135,7 +138,7 @@ def bind(model: nn.Module, captured: Captured, x: torch.Tensor, options: Options
     }
     check_tensors(used, x)
     if not captured.converts:
-        check_types(used, x)
+        check_types(used, x, model)
     key = key_of(captured, x, options)
     return Binding(
         programs.get(key, lambda: compile_captured(captured, x, options)),

@@ -10,6 +10,9 @@ from torch import nn
 from fxhess.errors import InputError
 
 
+TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # that x can have
+
+
 def check_input(x: torch.Tensor, event_ndim: int) -> None:
     """Raises InputError unless x is a batch of samples with ``event_ndim`` axes each."""
     if not isinstance(x, torch.Tensor):
@@ -20,7 +23,7 @@ def check_input(x: torch.Tensor, event_ndim: int) -> None:
             hint=f"x is [*batch, *event] with the last {event_ndim} axes one sample"
             f" (event_ndim={event_ndim})",
         )
-    if not x.dtype.is_floating_point:
+    if x.dtype not in TYPES:
         raise InputError(
             f"x is {x.dtype}; second derivatives need real floating-point numbers",
             hint="x.float() or x.double(); complex inputs as their real and imaginary parts",
@@ -49,15 +52,27 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], x: torch.Tensor) -> None:
             )
 
 
-def check_types(tensors: Mapping[str, torch.Tensor], x: torch.Tensor) -> None:
-    """All weights of another type than x, and no conversion in the model: an oversight."""
+def check_types(tensors: Mapping[str, torch.Tensor], x: torch.Tensor, model: nn.Module) -> None:
+    """All weights of another type than x, no conversion in the model, and an operation in it that
+    PyTorch does not run on two types: an oversight."""
     weights = {n: t for n, t in tensors.items() if t.dtype.is_floating_point and t.ndim}
-    if weights and all(t.dtype != x.dtype for t in weights.values()):
+    differ = weights and all(t.dtype != x.dtype for t in weights.values())
+    if differ and not _runs(model, x):
         name, tensor = next(iter(weights.items()))
         raise InputError(
             f"x is {x.dtype}, '{name}' {tensor.dtype}",
             hint=f"x.to({tensor.dtype}) or model.to({x.dtype})",
         )
+
+
+def _runs(model: nn.Module, x: torch.Tensor) -> bool:
+    """Whether the model itself takes x."""
+    with torch.random.fork_rng(), torch.no_grad():
+        try:
+            model(x)
+        except Exception:
+            return False
+    return True
 
 
 def check_out(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxhess import _torch
 from fxhess.apart import Apart
 from fxhess.binding import Binding, bind, first, keep
 from fxhess.cache import programs
@@ -93,7 +94,7 @@ class HessianModule(nn.Module):
         if out is not None:
             program = binding.program
             self._check_out(binding, x, out)
-            with torch.no_grad():
+            with torch.no_grad(), _torch.as_written(x.device):
                 execution = program.execution
                 if execution is None:
                     return out.copy_(program.graph_module(x, *tensors))
@@ -132,7 +133,8 @@ class HessianModule(nn.Module):
         # Modules by identity: one that was replaced may compute something else.
         modules = tuple([(id(m), m.training) for m in self.model.modules()])
         nb = x.ndim - self.options.event_ndim
-        return (nb, x.shape[nb:] if nb >= 0 else None, x.dtype, x.device, x.layout, modules)
+        casts = _torch.autocasting(x.device)
+        return (nb, x.shape[nb:] if nb >= 0 else None, x.dtype, x.device, x.layout, casts, modules)
 
     def _find(self, x: torch.Tensor) -> Binding | Apart | None:
         if not isinstance(x, torch.Tensor):

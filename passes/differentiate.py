@@ -86,7 +86,7 @@ def differentiate(
         "gradient": draft.gradient,
         "hessian": lambda: draft.hessian(pieces),
     }
-    results = {name: makers[name]() for name in outputs}
+    results = {name: draft.typed(makers[name]()) for name in outputs}
     return Derivative(draft.emitter.graph, results, draft.terms, draft.algebra.losses)
 
 
@@ -323,6 +323,12 @@ class Draft:
             )
 
     # --- results ----------------------------------------------------------------------------------
+
+    def typed(self, result: Var) -> Var:
+        """The result in the type of the model's own output."""
+        dtype = self.canonical.output.meta[VAL].dtype
+        with self.emitter.at(None, "result"):
+            return result if result.dtype == dtype else result.to(dtype)  # type: ignore[no-any-return]
 
     def hessian(self, pieces: Sequence[Piece]) -> Var:
         """``[*batch, *outputs, *event, *event]``, piece by piece from the last base to x."""

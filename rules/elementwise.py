@@ -307,7 +307,7 @@ elementwise(
 elementwise(
     aten.atan.default,
     lambda y, x: 1 / (1 + x * x),
-    lambda y, x: -2 * x * torch.square(1 / (1 + x * x)),
+    lambda y, x: -2 * (x * (1 / (1 + x * x))) * (1 / (1 + x * x)),
 )
 elementwise(
     aten.asinh.default,

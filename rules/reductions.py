@@ -153,7 +153,10 @@ def vector_norm(
     if math.isinf(ord):
         return (torch.amax if ord > 0 else torch.amin)(size, dims, keepdim)
     if ord < 0:
-        return torch.pow(torch.sum(torch.pow(size, ord), dims, keepdim), 1 / ord)
+        none = torch.any(x == 0, dims, keepdim)
+        return torch.where(
+            none, 0.0, torch.pow(torch.sum(torch.pow(size, ord), dims, keepdim), 1 / ord)
+        )
     total = torch.sum(_pow_or_zero(size, ord), dims, keepdim)
     return _pow_or_zero(total, 1 / ord)
 

@@ -18,6 +18,7 @@ from fxhess.errors import UnsupportedOpError
 from fxhess.registry import aten, composite, elementwise
 
 ROOT_PI = math.sqrt(math.pi)
+ROOT_TWO_PI = math.sqrt(2 * math.pi)
 
 
 def polynomial(u: Any, *coefficients: float) -> Any:
@@ -97,8 +98,13 @@ def _gauss(x: Any) -> Any:
     return 2 / ROOT_PI * torch.exp(-x * x)
 
 
-elementwise(aten.erf.default, lambda y, x: _gauss(x), lambda y, x: -2 * x * _gauss(x))
-elementwise(aten.erfc.default, lambda y, x: -_gauss(x), lambda y, x: 2 * x * _gauss(x))
+def _gauss_slope(x: Any) -> Any:
+    """0 also where 2 x overflows."""
+    return -2 * x.clamp(-1e3, 1e3) * _gauss(x)
+
+
+elementwise(aten.erf.default, lambda y, x: _gauss(x), lambda y, x: _gauss_slope(x))
+elementwise(aten.erfc.default, lambda y, x: -_gauss(x), lambda y, x: -_gauss_slope(x))
 
 
 def _erfinv_slope(y: Any) -> Any:
@@ -120,9 +126,11 @@ elementwise(
     lambda y, x: y * torch.square(_ndtri_slope(y)),
 )
 
-# Beyond here erfcx and its derivatives come from the asymptotic series, A&S 7.1.23; before, at
-# most five digits of the second derivative cancel.
-_FAR = 12.0
+
+def _far(x: Any) -> float:
+    """Beyond here erfcx and its derivatives come from the asymptotic series, A&S 7.1.23: where its
+    twelve terms are enough for the type.  Before, less than half of the digits cancel."""
+    return 12.0 if x.dtype == torch.float64 else 4.5
 
 
 def _erfcx_series(x: Any, order: int) -> Any:
@@ -138,15 +146,15 @@ def _erfcx_series(x: Any, order: int) -> Any:
 
 def _erfcx_ratio(x: Any, y: Any) -> Any:
     """``erfcx'(x) / erfcx(x)``, which stays finite where erfcx overflows."""
-    far = _erfcx_series(x.clamp_min(_FAR), 1) / y
-    return torch.where(x > _FAR, far, 2 * x - 2 / ROOT_PI / y)
+    far = _erfcx_series(x.clamp_min(_far(x)), 1) / y
+    return torch.where(x > _far(x), far, 2 * x - 2 / ROOT_PI / y)
 
 
 def _erfcx_curvature(y: Any, x: Any) -> Any:
-    near = x.clamp_max(_FAR)
+    near = x.clamp_max(_far(x))
     return torch.where(
-        x > _FAR,
-        _erfcx_series(x.clamp_min(_FAR), 2),
+        x > _far(x),
+        _erfcx_series(x.clamp_min(_far(x)), 2),
         (2 + 4 * near * near) * y - 4 / ROOT_PI * near,
     )
 
@@ -154,19 +162,23 @@ def _erfcx_curvature(y: Any, x: Any) -> Any:
 elementwise(aten.special_erfcx.default, lambda y, x: y * _erfcx_ratio(x, y), _erfcx_curvature)
 
 
-def _mills(x: Any) -> tuple[Any, Any]:
-    """The inverse Mills ratio and erfcx'/erfcx at -x/sqrt(2); beyond 25 the former is 0."""
-    t = x.clamp_max(25) * -math.sqrt(0.5)
-    tail = torch.special.erfcx(t)
-    return math.sqrt(2 / math.pi) / tail, _erfcx_ratio(t, tail)
+def _mills(y: Any, x: Any) -> Any:
+    """The inverse Mills ratio at -x: the density over its integral, whose logarithm is y."""
+    density = torch.exp(-0.5 * torch.square(x.clamp(-1, 1e3)) - y.clamp_min(-2)) / ROOT_TWO_PI
+    tail = torch.special.erfcx(x.clamp_max(-1) * -math.sqrt(0.5))
+    return torch.where(x > -1, density, math.sqrt(2 / math.pi) / tail)
 
 
 def _log_ndtr_curvature(y: Any, x: Any) -> Any:
-    slope, ratio = _mills(x)
-    return slope * ratio * math.sqrt(0.5)
+    """``-slope (x + slope)``; far out on the left, where that cancels, by erfcx'/erfcx."""
+    slope = _mills(y, x)
+    t = (x * -math.sqrt(0.5)).clamp_min(_far(x))
+    far = _erfcx_series(t, 1) / torch.special.erfcx(t) * -math.sqrt(0.5)
+    near = x.clamp(-2 * _far(x), 1e3) + slope
+    return -slope * torch.where(x < -math.sqrt(2) * _far(x), far, near)
 
 
-elementwise(aten.special_log_ndtr.default, lambda y, x: _mills(x)[0], _log_ndtr_curvature)
+elementwise(aten.special_log_ndtr.default, lambda y, x: _mills(y, x), _log_ndtr_curvature)
 
 # --- sinc ---------------------------------------------------------------------------------------
 
