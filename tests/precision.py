@@ -3,11 +3,11 @@
 A model and data are rounded to float32; the truth is double backward, one sample at a time, of
 the same rounded numbers in float64.  The error of a sample is the largest difference of an entry
 of its Hessian, relative to the largest entry.  Of each case many samples are drawn; medians and
-largest errors of fxhess and of ``torch.func.vmap(hessian)`` stand side by side.
+largest errors of fxhess and of ``torch.func.vmap(hessian)`` are set side by side.
 
-Both are sums in different orders, so neither can be smaller on every draw.  fxhess counts as *worse*
-where its median is above ``MEDIAN`` times the rival's or its largest above ``LARGEST`` times, and
-that is more than ``FLOOR`` (two units in the last place of the largest entry).
+Both are sums in different orders, so neither can be smaller on every draw.  fxhess counts as
+*worse* where its median is above ``MEDIAN`` times the rival's or its largest above ``LARGEST``
+times, and that is more than ``FLOOR`` (two units in the last place of the largest entry).
 """
 
 from __future__ import annotations
