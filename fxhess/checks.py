@@ -9,7 +9,6 @@ from torch import nn
 
 from fxhess.errors import InputError
 
-
 TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # that x can have
 
 
