@@ -173,7 +173,7 @@ def test_differences(name):
     torch.testing.assert_close(fxhess.transform(model)(STEEP), want, rtol=2e-5, atol=2e-5)
 
 
-# --- shapes, piecewise linear models, randomness ---------------------------------------------------
+# --- shapes, piecewise linear models, randomness --------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 1), (1, 1), (2, 0)])
