@@ -20,7 +20,7 @@ from fxhess.rates import Rates
 
 _SIZES = (2, 4, 8, 16, 32, 64, 128, 256)  # of matrices
 _SIDE = 140  # of transposed matrices: no power of two, whose columns would share lines of a cache
-_CALLS = 50  # of the shortest operation, timed at once
+_CALLS = 20  # of the shortest operations, timed at once
 _ROUNDS = 3  # at least
 _RESULT = 64 << 20  # bytes: more than stays in a cache that cores share
 
@@ -125,6 +125,7 @@ def _rates(measured: dict[str, dict[float, tuple[float, float]]]) -> Rates:
         flat=tuple(speeds["flat"].items()),
         batched=tuple(speeds["batched"].items()),
         convolution=plain["convolution"],
+        transposed=plain["transposed"],
         stream=plain["stream"],
         scattered=scattered,
         gather=plain["gather"],
@@ -156,7 +157,7 @@ class _Bench:
         for n in _SIZES:
             shape = (max(1, self.entries // (2 * n * n)), n, n)
             yield _product("batched", n, self.numbers(*shape), self.numbers(*shape))
-        yield self.convolution()
+        yield from self.convolutions()
         half = self.entries // 2
         x, y = self.numbers(half), self.numbers(half)
         width = x.element_size()
@@ -175,15 +176,22 @@ class _Bench:
         yield _Case("gather", lambda: table.index_select(1, index), table.numel())
         yield _Case("special", x.tanh, half)
         yield self.writing()
-        few = self.numbers(4)
-        yield _Case("launch", lambda: few * few, 1, repeats=_CALLS)
+        few = self.numbers(4, 4)
+        yield _Case("launch", lambda: (few * few, few @ few, few.sum(0)), 3, repeats=_CALLS)
 
-    def convolution(self) -> _Case:
-        """A small one, over as many images as make it one of the larger cases."""
+    def convolutions(self) -> Iterator[_Case]:
+        """A small one, and the adjoint of one with strides, over as many images as make them as
+        large as other cases."""
         images = self.numbers(self.entries // (8 * 13 * 13 * 12), 8, 13, 13)
         kernel = self.numbers(16, 8, 3, 3)
-        work = 2 * images.shape[0] * 16 * 11 * 11 * kernel[0].numel()
-        return _Case("convolution", lambda: torch.nn.functional.conv2d(images, kernel), work)
+        convolve, adjoint = torch.nn.functional.conv2d, torch.nn.functional.conv_transpose2d
+        result = convolve(images, kernel)
+        work = 2 * kernel[0].numel()
+        yield _Case("convolution", lambda: convolve(images, kernel), work * result.numel())
+        smaller = convolve(images, kernel, stride=2)
+        yield _Case(
+            "transposed", lambda: adjoint(smaller, kernel, stride=2), work * smaller.numel()
+        )
 
     def writing(self) -> _Case:
         """A fresh result, as a program writes it."""

@@ -54,10 +54,13 @@ def flops(node: fx.Node) -> int:
         return 2 * value.numel() * int(first.shape[-1])
     if name_of(node) == "convolution":
         given, weight = (n.meta[VAL] for n in node.all_input_nodes[:2])
-        transposed = len(node.args) > 6 and node.args[6] is True
-        steps = given.numel() if transposed else value.numel()
+        steps = given.numel() if _is_transposed(node) else value.numel()
         return 2 * steps * math.prod(int(s) for s in weight.shape[1:])
     return int(value.numel())
+
+
+def _is_transposed(convolution: fx.Node) -> bool:
+    return len(convolution.args) > 6 and convolution.args[6] is True
 
 
 def side(*sizes: int) -> float:
@@ -93,7 +96,9 @@ def seconds(node: fx.Node, rates: Rates) -> float:
     if name in _PRODUCTS:
         return rates.launch + passes / 2 + _product(value, operands, flops(node), rates)
     if name == "convolution":
-        return rates.launch + passes + flops(node) / rates.convolution
+        scatters = _is_transposed(node) and any(s != 1 for s in node.args[3])  # type: ignore[union-attr]
+        rate = rates.transposed if scatters else rates.convolution
+        return rates.launch + passes + flops(node) / rate
     if name in _GATHERS:
         return rates.launch + passes + value.numel() / rates.gather
     if name in _SPECIAL:
