@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         draw(path.with_suffix(".png"), runs, title)
     if cold:
         report.print_cold(console, cold)
-    record.write_json(
+    document = record.write_json(
         path.with_suffix(".json"),
         runs,
         cold,
@@ -193,6 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         calibrated=arguments.calibrated,
         others=others,
     )
+    if runs:
+        path.with_suffix(".md").write_text(report.markdown(document, runs) + "\n", encoding="utf-8")
     console.print(f"Written to {arguments.out}")
     ours = [r for run in runs for r in run.results if r.rival == OURS]
     return 0 if all(r.failure is None and r.correct for r in ours) else 1

@@ -213,9 +213,9 @@ def write_json(
             "times": "seconds a batch; interleaved rounds in one process, fresh data each round",
             "error": f"of the largest entry, against float64 double backward one sample at a time, "
             f"on up to {CHECKED_SAMPLES} samples",
-            "memory": f"bytes of one call above what was held before: {METHOD}"
+            "memory": f"bytes of a call above what was held before, most of three: {METHOD}"
             if device == "cpu"
-            else "bytes of one call above what was held before: PyTorch's allocator",
+            else "bytes of a call above what was held before, most of three: PyTorch's allocator",
             "limit": "the operations of our plan's matrix products at the fastest measured product"
             " of this machine, and the result's bytes at the measured rate of writing a fresh one",
             "lead": "the best rival's median over ours",

@@ -13,6 +13,7 @@ from torch import fx
 from fxhess import cost
 from fxhess.clock import median_seconds
 from fxhess.emit import ORIGIN, ROLE, VAL, VARIES, Emitter, Var
+from fxhess.errors import InputError
 from fxhess.rates import rates_for
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ class Explanation:
     ``contractions``: name, purpose, shapes and operations of each matrix product; ``flops``:
     operations in all, ``arithmetic``: those of the matrix products that every call runs (what
     depends on weights alone is kept); ``predicted``: seconds of a call by the device's rates;
-    ``measured``: the median of a few calls without autograd, None where its result would take
-    too much of the device's memory.
+    ``measured``: the median of a few calls without autograd, None where it takes too much of
+    the device's memory, or more than ``max_memory``.
     """
 
     shape: tuple[int, ...]
@@ -126,7 +127,7 @@ class Explanation:
     def __str__(self) -> str:
         bases = " -> ".join(self.bases)
         measured = (
-            "not measured: the result is too large to be made for that"
+            "not measured: it takes too much memory"
             if self.measured is None
             else f"{self.measured * 1e3:.3g} ms measured (without autograd)"
         )
@@ -180,7 +181,7 @@ def _measured(run: Callable[[torch.Tensor], object], x: torch.Tensor) -> float |
     with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
         try:
             return median_seconds(lambda: run(x), x.device, _MEASURING)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, InputError):  # the device's memory, or a limit on it
             return None
 
 

@@ -342,3 +342,11 @@ def test_a_result_that_fills_the_memory_is_not_made():
     found = fxhess.transform(lambda x: (x**3).sum(-1)).explain(x)
     assert found.measured is None and found.predicted > 1
     assert "not measured" in str(found)
+
+
+def test_a_call_that_its_limit_forbids_is_explained_all_the_same():
+    hess = fxhess.transform(mlp(6, 64, 1), max_memory=1)
+    with pytest.raises(fxhess.errors.InputError, match="max_memory"):
+        hess(randn(4000, 6))
+    found = hess.explain(randn(4000, 6))
+    assert found.measured is None and found.predicted > 0
