@@ -255,11 +255,13 @@ def _complex_regions(captured: Captured, nodes: Sequence[fx.Node]) -> list[set[f
             continue
         own = {node, *(user for user in node.users if user in depends)}
         regions = _joined([*regions, own])
+    # Also by way of a size that was read off a value inside.
+    linked = depends | {n for n in nodes if not _tensors(n.meta.get("val"))}
     while regions:
         closed = []
         for region in regions:
-            after = _reach(region, lambda n: [u for u in n.users if u in depends])
-            before = _reach(region, lambda n: [o for o in n.all_input_nodes if o in depends])
+            after = _reach(region, lambda n: [u for u in n.users if u in linked])
+            before = _reach(region, lambda n: [o for o in n.all_input_nodes if o in linked])
             closed.append((after & before) | region)
         joined = _joined(closed)
         if joined == regions:
