@@ -9,6 +9,7 @@ Operations that draw random numbers, or write into their arguments, are never jo
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable
 from typing import Any
 
@@ -34,6 +35,7 @@ def simplify(graph: fx.Graph) -> fx.Graph:
             node.replace_all_uses_with(known)
             graph.erase_node(node)
     _cancel_views(graph)
+    _cancel_ones(graph)
     for node in reversed(list(graph.nodes)):
         if not node.users and node.op in CALLS and not changes_operands(node):
             graph.erase_node(node)
@@ -52,6 +54,22 @@ def _cancel_views(graph: fx.Graph) -> None:
         dropped = [dims] if isinstance(dims, int) else list(dims)  # type: ignore[call-overload]
         if [d % rank for d in dropped] == [inner.args[1] % rank]:  # type: ignore[operator]
             node.replace_all_uses_with(inner.args[0])
+
+
+def _cancel_ones(graph: fx.Graph) -> None:
+    """A product with the number 1 is its other factor, where that has its type and shape."""
+    for node in graph.nodes:
+        if node.target not in (operator.mul, torch.mul) or len(node.args) != 2 or node.kwargs:
+            continue
+        number, factor = node.args if isinstance(node.args[1], fx.Node) else node.args[::-1]
+        if isinstance(number, fx.Node) or number != 1 or not isinstance(factor, fx.Node):
+            continue
+        value, result = factor.meta.get(VAL), node.meta.get(VAL)
+        if isinstance(value, torch.Tensor) and (value.dtype, value.shape) == (
+            result.dtype,
+            result.shape,
+        ):
+            node.replace_all_uses_with(factor)
 
 
 def is_repeatable(node: fx.Node) -> bool:
