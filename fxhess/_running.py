@@ -6,10 +6,12 @@ variable); without them the public ``F.linear`` and ``torch.compile`` do the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+from fxhess.outputs import Given
 
 
 def _find_onednn_linear() -> Callable[..., torch.Tensor] | None:
@@ -35,9 +37,11 @@ def onednn_linear(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.linear(rows, weight)
 
 
-def compiled(module: torch.nn.Module, batch_ndim: int) -> Callable[..., Any]:
-    """The module through ``torch.compile``, run without autograd: one compilation for all batch
-    sizes (the leading axes of the tensors that have the first one's batch shape) but 1."""
+def compiled(
+    module: torch.nn.Module, batch_ndim: int, given: Sequence[Given] = ()
+) -> Callable[..., Any]:
+    """The module through ``torch.compile``: one compilation for all batch sizes but 1.  Its inputs
+    are x, then what is ``given``; the others have batch axes where they begin with x's."""
     fast = torch.compile(module.forward, fullgraph=True)
     mark = getattr(torch._dynamo, "maybe_mark_dynamic", None)
     marked = False
@@ -46,9 +50,12 @@ def compiled(module: torch.nn.Module, batch_ndim: int) -> Callable[..., Any]:
         nonlocal marked
         if not marked and mark is not None and 1 not in x.shape[:batch_ndim]:
             batch = x.shape[:batch_ndim]
-            for tensor in (x, *rest):
-                if isinstance(tensor, torch.Tensor) and tensor.shape[:batch_ndim] == batch:
-                    for axis in range(batch_ndim):
+            starts = [0, *(g.batch_axis for g in given), *([0] * len(rest))]
+            for tensor, start in zip((x, *rest), starts, strict=False):
+                if start is None or not isinstance(tensor, torch.Tensor):
+                    continue
+                if tensor.shape[start : start + batch_ndim] == batch:
+                    for axis in range(start, start + batch_ndim):
                         mark(tensor, axis)
             marked = True
         return fast(x, *rest)

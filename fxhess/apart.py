@@ -24,6 +24,7 @@ from fxhess.collector import collector_paused
 from fxhess.errors import InputError, Origin, SampleMixingError
 from fxhess.execute import Running
 from fxhess.guards import split
+from fxhess.outputs import Given, Output, leading_axes
 from fxhess.pipeline import Options, batched, compile_guard
 from fxhess.splice import agree
 
@@ -56,16 +57,44 @@ class Variant(Binding):
             right = right & read.holds_for_each(own, n)
         return right
 
-    def run_each(self, xs: torch.Tensor, running: Running) -> list[torch.Tensor]:
+    def run_each(
+        self, xs: torch.Tensor, given: Sequence[torch.Tensor], running: Running
+    ) -> list[torch.Tensor]:
         """All results, for ``xs: [n, *event]``."""
         tensors = self.read()
         if self.matcher is not None:
-            return self.run(xs, tensors, running)
+            return self.run(xs, given, tensors, running)
+        n = len(xs)
+        if not n:
+            xs = xs.new_zeros((1, *xs.shape[1:]))
+            given = [
+                t if g.batch_axis is None else t.new_zeros((*g.leading, 1, *g.event))
+                for g, t in zip(self.program.given, given, strict=True)
+            ]
         each = [
-            self.run(x, tensors, running)
-            for x in (xs if len(xs) else xs.new_zeros(xs.shape[1:])[None])
+            self.run(x, [_one(g, t, i) for g, t in self._described(given)], tensors, running)
+            for i, x in enumerate(xs)
         ]
-        return [torch.stack(results)[: len(xs)] for results in zip(*each, strict=True)]
+        places = map(len, self.program.leads)
+        return [
+            torch.stack(results, at).narrow(at, 0, n)
+            for at, results in zip(places, zip(*each, strict=True), strict=True)
+        ]
+
+    def _described(self, given: Sequence[torch.Tensor]) -> list[tuple[Given, torch.Tensor]]:
+        return list(zip(self.program.given, given, strict=True))
+
+
+def _one(description: Given, tensor: torch.Tensor, i: int) -> torch.Tensor:
+    """What is given for one sample."""
+    axis = description.batch_axis
+    return tensor if axis is None else tensor.select(axis, i)
+
+
+def _some(description: Given, tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """What is given for some samples."""
+    axis = description.batch_axis
+    return tensor if axis is None else tensor.index_select(axis, places)
 
 
 class Apart:
@@ -82,9 +111,10 @@ class Apart:
         running: Running,
     ) -> None:
         self.model = model
-        self.given = options
-        outputs = options.outputs
-        self.options = replace(options, outputs=tuple(dict.fromkeys((*outputs, "value"))))
+        self.asked = options
+        outputs = (*options.outputs, Output("value"))
+        self.options = replace(options, outputs=tuple(dict.fromkeys(outputs)))
+        self.leads = leading_axes(self.options.outputs, options.given)
         self.where = where
         self.running = running
         self.generation = programs.generation
@@ -95,34 +125,55 @@ class Apart:
 
     # --- running --------------------------------------------------------------------------------
 
-    def run(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def run(self, x: torch.Tensor, given: Sequence[torch.Tensor] = ()) -> list[torch.Tensor]:
         """The results, in the order of the outputs."""
         if torch.compiler.is_compiling():
-            return self._traced(x)
+            return self._traced(x, given)
         if _torch.transforming():
             raise transformed()
         batch, event = x.shape[: self.batch_ndim], x.shape[self.batch_ndim :]
         xs = x.reshape(-1, *event)
+        given = self._flat(given, len(xs))
         parts, order = [], []
         for variant, places in self._groups(xs.detach()):
             whole = len(places) == len(xs)
-            parts.append(variant.run_each(xs if whole else xs[places], self.running))
+            own = given
+            if not whole:
+                described = zip(self.options.given, given, strict=True)
+                own = [_some(g, t, places) for g, t in described]
+            parts.append(variant.run_each(xs if whole else xs[places], own, self.running))
             order.append(places)
-        results = [torch.cat(r) for r in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
+        results = parts[0]
         if len(parts) > 1:
             back = torch.argsort(torch.cat(order))
-            results = [r.index_select(0, back) for r in results]
-        return self._finish(x, [r.reshape(*batch, *r.shape[1:]) for r in results])
+            results = [
+                torch.cat(r, len(lead)).index_select(len(lead), back)
+                for r, lead in zip(zip(*parts, strict=True), self.leads, strict=True)
+            ]
+        return self._finish(x, self._unflat(results, batch))
+
+    def _flat(self, given: Sequence[torch.Tensor], n: int) -> list[torch.Tensor]:
+        """With one batch axis of n samples."""
+        return [
+            t.reshape(*g.leading, n, *g.event) if g.batched else t
+            for g, t in zip(self.options.given, given, strict=True)
+        ]
+
+    def _unflat(self, results: Sequence[torch.Tensor], batch: torch.Size) -> list[torch.Tensor]:
+        return [
+            r.reshape(*lead, *batch, *r.shape[len(lead) + 1 :])
+            for r, lead in zip(results, self.leads, strict=True)
+        ]
 
     def _finish(self, x: torch.Tensor, results: list[torch.Tensor]) -> list[torch.Tensor]:
-        named = dict(zip(self.options.outputs, results, strict=True))
+        named = dict(zip(self.options.names, results, strict=True))
         if self.summed:
             named["value"] = named["value"].sum()
         if not torch.compiler.is_compiling():
             self._check(x, named["value"])
-        return [named[name] for name in self.given.outputs]
+        return [named[name] for name in self.asked.names]
 
-    def _traced(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def _traced(self, x: torch.Tensor, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """While PyTorch traces the call: the program run last, for all samples; that it is right
         becomes a part of what is traced."""
         variant = self.variants[0] if self.variants else None
@@ -137,8 +188,9 @@ class Apart:
         xs = x if self.batch_ndim == 1 else x.reshape(-1, *event)
         if variant.structure is not None:
             variant.structure.demand(xs, variant.matcher)
-        results = variant.run(xs, variant.read(), self.running)
-        return self._finish(x, [r.reshape(*batch, *r.shape[1:]) for r in results])
+        flat = self._flat(given, xs.shape[0])
+        results = variant.run(xs, flat, variant.read(), self.running)
+        return self._finish(x, self._unflat(results, batch))
 
     def tensors(self) -> list[torch.Tensor]:
         """All tensors of the model that its programs take."""

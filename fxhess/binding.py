@@ -98,7 +98,11 @@ class Binding:
         return True
 
     def run(
-        self, x: torch.Tensor, tensors: list[torch.Tensor], running: Running
+        self,
+        x: torch.Tensor,
+        given: Sequence[torch.Tensor],
+        tensors: list[torch.Tensor],
+        running: Running,
     ) -> list[torch.Tensor]:
         """All results: in tiles where nothing but numbers is wanted and there is enough work for
         it, otherwise by the plain program, which autograd and functional transforms see."""
@@ -107,16 +111,18 @@ class Binding:
                 return self.run(x, tensors, running)
         program = self.program
         wanted = torch.is_grad_enabled() and (
-            x.requires_grad or any(t.requires_grad for t in tensors)
+            x.requires_grad
+            or any(t.requires_grad for t in tensors)
+            or any(t.requires_grad for t in given)
         )
         if torch.compiler.is_compiling():
             runner = self.runner
             whole = wanted or runner is None or not runner.execution.worth_a_call
             if whole or torch.compiler.is_exporting():
-                return run_whole(program.fused, x, tensors)
-            return runner.traced(x, tensors)  # type: ignore[union-attr]
+                return run_whole(program.fused, x, given, tensors)
+            return runner.traced(x, given, tensors)  # type: ignore[union-attr]
         if type(x) not in (torch.Tensor, nn.Parameter) or _torch.transforming():
-            return run_whole(program.graph_module, x, tensors)
+            return run_whole(program.graph_module, x, given, tensors)
         execution = program.execution
         if running.max_memory is not None:
             program.check_memory(x, wanted, running.max_memory)
@@ -125,8 +131,9 @@ class Binding:
             and execution is not None
             and (running.max_memory is not None or execution.worthwhile(x))
         ):
-            return execution(x, tensors, None, self.hoisted, running)
-        return run_whole(program.compiled if running.compile else program.graph_module, x, tensors)
+            return execution(x, tensors, None, self.hoisted, running, given)
+        module = program.compiled if running.compile else program.graph_module
+        return run_whole(module, x, given, tensors)
 
 
 def bind(model: nn.Module, captured: Captured, x: torch.Tensor, options: Options) -> Binding:

@@ -137,10 +137,10 @@ class Emitter(TracerBase):
         finally:
             self.origin, self.role = before
 
-    def placeholder(self, name: str, val: Any) -> Var:
+    def placeholder(self, name: str, val: Any, varies: bool = False) -> Var:
         node = self.graph.placeholder(name)
         node.meta[VAL] = to_meta(val)
-        node.meta[VARIES] = name == "x"
+        node.meta[VARIES] = varies or name == "x"
         return Var(node, self)
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Var:

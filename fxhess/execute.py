@@ -17,6 +17,7 @@ from fxhess import _running, cost, memory
 from fxhess.emit import VAL
 from fxhess.errors import InputError
 from fxhess.kernels import for_compiler, use_fast_kernels, write_results
+from fxhess.outputs import Given
 from fxhess.passes.hoist import hoist
 from fxhess.passes.simplify import is_repeatable
 
@@ -63,17 +64,20 @@ class Execution:
     """A program split for running without autograd.
 
     ``prologue`` maps the model's tensors to what the body needs of them; ``body`` takes x, these
-    and the results to write into.  ``per_sample``: bytes of working memory a sample needs at the
-    peak; ``hoisted``: bytes of what the prologue gives; ``flops`` and ``prologue_flops``:
-    operations a sample and the prologue take; estimates.  ``tiled``: whether samples may be run
-    apart (no random numbers).
+    and the results to write into.  ``leads`` and ``shapes``: sizes of each result's axes before
+    and after the batch; ``per_sample``: bytes of working memory a sample needs at the peak;
+    ``hoisted``: bytes of what the prologue gives; ``flops`` and ``prologue_flops``: operations a
+    sample and the prologue take; estimates.  ``tiled``: whether samples may be run apart (no
+    random numbers).
     """
 
     prologue: fx.GraphModule
     body: fx.GraphModule
+    leads: list[tuple[int, ...]]
     shapes: list[tuple[int, ...]]
     dtypes: list[torch.dtype]
     batch_ndim: int
+    given: tuple[Given, ...]
     per_sample: int
     hoisted: int
     flops: int
@@ -90,7 +94,14 @@ class Execution:
         return self.flops >= _WORTH_A_CALL and self.batch_ndim > 0
 
     @classmethod
-    def of(cls, module: fx.GraphModule, batch_ndim: int, summed: bool) -> Execution | None:
+    def of(
+        cls,
+        module: fx.GraphModule,
+        batch_ndim: int,
+        summed: bool,
+        given: Sequence[Given] = (),
+        leads: Sequence[tuple[int, ...]] | None = None,
+    ) -> Execution | None:
         """The split program; None where the whole program cannot be cut by samples (a result
         that sums over the batch)."""
         graph = module.graph
@@ -101,21 +112,24 @@ class Execution:
         vals = [r.meta[VAL] for r in results]  # type: ignore[union-attr]
         if any(v.ndim < batch_ndim for v in vals):
             return None
+        before = list(leads or [()] * len(vals))
         calls = [n for n in graph.nodes if n.op.startswith("call")]
         prologue, body = hoist(graph)
         nominal = next(iter(graph.nodes)).meta[VAL].shape[:batch_ndim].numel()
         inner = [n for n in body.nodes if n.op.startswith("call")]
         peak = cost.peak_bytes(inner)
-        given = [n for n in body.nodes if n.op == "placeholder"][1:]
-        kept = sum(_bytes(n) for n in given)
+        fixed = [n for n in body.nodes if n.op == "placeholder"][1 + len(given) :]
+        kept = sum(_bytes(n) for n in fixed)
         write_results(use_fast_kernels(body))
         empty = torch.nn.Module()
         return cls(
             fx.GraphModule(empty, prologue, "Prologue"),
             fx.GraphModule(empty, body, "Body"),
-            [tuple(v.shape[batch_ndim:]) for v in vals],
+            before,
+            [tuple(v.shape[len(k) + batch_ndim :]) for k, v in zip(before, vals, strict=True)],
             [v.dtype for v in vals],
             batch_ndim,
+            tuple(given),
             max(1, peak // max(1, nominal)),
             kept,
             sum(map(cost.flops, calls)) // max(1, nominal),
@@ -127,7 +141,7 @@ class Execution:
     def compiled(self) -> Callable[..., None]:
         """The body, compiled at its first call, once for all sizes of tiles but 1."""
         body = fx.GraphModule(torch.nn.Module(), for_compiler(self.body.graph), "CompiledBody")
-        return _running.compiled(body, self.batch_ndim)
+        return _running.compiled(body, self.batch_ndim, self.given)
 
     def __call__(
         self,
@@ -136,9 +150,10 @@ class Execution:
         out: Sequence[torch.Tensor] | None = None,
         kept: Hoisted | None = None,
         running: Running = PLAIN,
+        given: Sequence[torch.Tensor] = (),
     ) -> list[torch.Tensor]:
         """All results, written into ``out`` or into fresh tensors; ``kept`` holds what the
-        prologue gave from call to call.
+        prologue gave from call to call; ``given``: what the program takes besides x.
 
         Raises:
             InputError: ``running.max_memory`` does not suffice for one sample.
@@ -148,19 +163,25 @@ class Execution:
         if x.device.type == "cpu":
             memory.keep_freed_blocks()
         if out is None:
-            out = [
-                memory.empty((*batch, *shape), dtype, x.device)
-                for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
-            ]
+            out = [memory.empty(shape, dtype, x.device) for shape, dtype in self.results(batch)]
         if batch.numel() == 0:
             return list(out)
         hoisted = self._prologue(x, tensors, kept)
         body = self.compiled if running.compile else self.body.forward
         if not batch or step >= batch[0]:
-            body(x, *hoisted, *out)
+            body(x, *given, *hoisted, *out)
         else:
-            _fill(body, x, hoisted, out, step)
+            axes = [0, *(g.batch_axis for g in self.given)]
+            places = [len(lead) for lead in self.leads]
+            _fill(body, [x, *given], axes, hoisted, list(zip(out, places, strict=True)), step)
         return list(out)
+
+    def results(self, batch: Sequence[int]) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of every result for a batch of these sizes."""
+        return [
+            ((*lead, *batch, *shape), dtype)
+            for lead, shape, dtype in zip(self.leads, self.shapes, self.dtypes, strict=True)
+        ]
 
     def _prologue(
         self, x: torch.Tensor, tensors: Sequence[torch.Tensor], kept: Hoisted | None
@@ -179,8 +200,7 @@ class Execution:
         axis."""
         batch = x.shape[: self.batch_ndim]
         results = sum(
-            batch.numel() * torch.Size(shape).numel() * dtype.itemsize
-            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
+            torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.results(batch)
         )
         return results + 2 * self.hoisted + _UNSEEN, batch[1:].numel() * self.per_sample
 
@@ -214,17 +234,24 @@ def _bytes(node: fx.Node) -> int:
 
 def _fill(
     body: Callable[..., None],
-    x: torch.Tensor,
+    inputs: Sequence[torch.Tensor],
+    axes: Sequence[int | None],
     hoisted: Sequence[Any],
-    out: Sequence[torch.Tensor],
+    out: Sequence[tuple[torch.Tensor, int]],
     step: int,
 ) -> None:
-    """Run tile by tile; where memory runs out, once more with tiles half as large."""
+    """Run tile by tile, along these axes of the inputs and of the results; where memory runs out,
+    once more with tiles half as large."""
     start, halved = 0, False
-    while start < x.shape[0]:
-        stop = min(x.shape[0], start + step)
+    rows = inputs[0].shape[0]
+    while start < rows:
+        stop = min(rows, start + step)
+        tile = [
+            t if axis is None else t.narrow(axis, start, stop - start)
+            for t, axis in zip(inputs, axes, strict=True)
+        ]
         try:
-            body(x[start:stop], *hoisted, *(o[start:stop] for o in out))
+            body(*tile, *hoisted, *(o.narrow(axis, start, stop - start) for o, axis in out))
         except Exception as error:
             if halved or step == 1 or not _running.is_out_of_memory(error):
                 raise
@@ -234,10 +261,13 @@ def _fill(
 
 
 def run_whole(
-    module: Callable[..., Any], x: torch.Tensor, tensors: Sequence[torch.Tensor]
+    module: Callable[..., Any],
+    x: torch.Tensor,
+    given: Sequence[torch.Tensor],
+    tensors: Sequence[torch.Tensor],
 ) -> list[Any]:
     """All results of the plain program."""
-    result = module(x, *tensors)
+    result = module(x, *given, *tensors)
     return list(result) if isinstance(result, tuple) else [result]
 
 
@@ -255,30 +285,37 @@ class Runner:
     def __post_init__(self) -> None:
         _runners[self.number] = self
 
-    def traced(self, x: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def traced(
+        self,
+        x: torch.Tensor,
+        given: Sequence[torch.Tensor],
+        tensors: Sequence[torch.Tensor],
+    ) -> list[torch.Tensor]:
         """All results, as one call in the graph of whoever traces."""
-        return list(torch.ops.fxhess.derivatives(x, list(tensors), self.number))
+        return list(torch.ops.fxhess.derivatives(x, list(given), list(tensors), self.number))
 
 
 _runners: weakref.WeakValueDictionary[int, Runner] = weakref.WeakValueDictionary()
 
 
-def _derivatives(x: torch.Tensor, tensors: list[torch.Tensor], runner: int) -> list[torch.Tensor]:
+def _derivatives(
+    x: torch.Tensor, given: list[torch.Tensor], tensors: list[torch.Tensor], runner: int
+) -> list[torch.Tensor]:
     found = _runners[runner]
-    return found.execution(x, tensors, None, found.kept, Running(compile=True))
+    return found.execution(x, tensors, None, found.kept, Running(compile=True), given)
 
 
 def _derivatives_like(
-    x: torch.Tensor, tensors: list[torch.Tensor], runner: int
+    x: torch.Tensor, given: list[torch.Tensor], tensors: list[torch.Tensor], runner: int
 ) -> list[torch.Tensor]:
     execution = _runners[runner].execution
     batch = x.shape[: execution.batch_ndim]
-    return [
-        x.new_empty((*batch, *shape), dtype=dtype)
-        for shape, dtype in zip(execution.shapes, execution.dtypes, strict=True)
-    ]
+    return [x.new_empty(shape, dtype=dtype) for shape, dtype in execution.results(batch)]
 
 
-torch.library.define("fxhess::derivatives", "(Tensor x, Tensor[] tensors, int runner) -> Tensor[]")
+torch.library.define(
+    "fxhess::derivatives",
+    "(Tensor x, Tensor[] given, Tensor[] tensors, int runner) -> Tensor[]",
+)
 torch.library.impl("fxhess::derivatives", "CompositeExplicitAutograd", _derivatives)
 torch.library.register_fake("fxhess::derivatives", _derivatives_like)

@@ -87,7 +87,7 @@ class Explanation:
         )
         nodes = [n for n in _at(program.graph_module.graph, x).nodes if n.op.startswith("call")]
         notes = [*structure, *program.notes]
-        if "hessian" in options.outputs and not rows:
+        if "hessian" in options.names and not rows:
             notes.append(
                 "no operation is curved: the model is affine (or piecewise linear) in x, and H is"
                 " zero almost everywhere"
@@ -109,7 +109,7 @@ class Explanation:
         written = sum(_bytes(n.meta[VAL]) for n in nodes if n.name in names)
         return cls(
             shape=tuple(x.shape),
-            outputs=options.outputs,
+            outputs=options.names,
             summed=program.summed,
             vector=program.vector,
             bases=tuple(program.bases),

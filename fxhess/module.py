@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import threading
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -23,11 +24,18 @@ from fxhess.collector import collector_paused
 from fxhess.errors import CaptureError, InputError, SampleStructureError
 from fxhess.execute import PLAIN, Running
 from fxhess.explain import Explanation
+from fxhess.outputs import (
+    NOTHING_GIVEN,
+    Given,
+    check_entries,
+    given_for,
+    is_detailed,
+    parse,
+)
 from fxhess.pipeline import Options
 from fxhess.sources import tracing_elsewhere
 from fxhess.verify import Verification, verify
 
-OUTPUTS = ("value", "gradient", "hessian")
 _NONE: list[Any] = []
 _FIRST = "call it once, or hess.specialize(x), before torch.compile or torch.export"
 
@@ -44,7 +52,7 @@ class HessianModule(nn.Module):
     def __init__(
         self,
         model: nn.Module | Callable[..., Any],
-        outputs: str | tuple[str, ...],
+        outputs: Any,
         event_ndim: int,
         strategy: str = "auto",
         fallback: str = "allow",
@@ -53,8 +61,9 @@ class HessianModule(nn.Module):
         super().__init__()
         self.model = as_module(model)
         self.outputs = outputs
-        names = (outputs,) if isinstance(outputs, str) else outputs
-        self.options = Options(names, event_ndim, strategy, fallback)
+        self.single = isinstance(outputs, str) or is_detailed(outputs)
+        self.options = Options(parse(outputs, event_ndim), event_ndim, strategy, fallback)
+        self._takes_vector = any(output.takes_vector for output in self.options.outputs)
         self.running = running
         self._bindings: dict[Any, list[Any]] = {}
         self._lock = threading.RLock()
@@ -62,33 +71,47 @@ class HessianModule(nn.Module):
 
     # --- calling --------------------------------------------------------------------------------
 
-    def forward(self, x: torch.Tensor, *, out: torch.Tensor | None = None) -> Any:
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        vector: torch.Tensor | None = None,
+        metric: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> Any:
         """Derivatives at ``x: [*batch, *event]``: Hessians ``[*batch, *event, *event]``, or
         ``[*batch, m, *event, *event]`` for a model with m outputs; several outputs as a named
         tuple.
 
         Args:
             x: real floating-point, dense, of the model's dtype and device.
+            vector: for ``hvp`` and ``quadratic``: of x's shape, or of one sample's for all, or
+                several along a leading axis, ``[k, *batch, *event]``.
+            metric: for ``laplacian``, which becomes trace(metric H): ``[*event, *event]``, or one
+                for each sample, ``[*batch, *event, *event]``; only its symmetric part counts.
             out: a tensor that the (only) output is written into and that is returned; no
                 gradient flows through it.
 
         Raises:
-            InputError: x or ``out`` do not fit.
+            InputError: x, ``vector``, ``metric`` or ``out`` do not fit.
             CaptureError, SampleMixingError, UnsupportedOpError: at the first call for a shape,
                 dtype, device and mode: see :func:`fxhess.transform`.
         """
-        binding = self._find(x)
+        described, given = NOTHING_GIVEN
+        if vector is not None or metric is not None or self._takes_vector:
+            described, given = self._given(x, vector, metric)
+        binding = self._find(x, described)
         if binding is None:
-            binding = self._specialize(x)
+            binding = self._specialize(x, described)
         if isinstance(binding, Apart):
-            results = binding.run(x)
+            results = binding.run(x, given)
             if out is not None:
                 return self._copied(results, binding, x, out)
             return self._named(results)
         tensors = binding.read()
         if not binding.fits(tensors):
             self._bindings.clear()  # the model was changed: trace it again
-            return self.forward(x, out=out)
+            return self.forward(x, vector=vector, metric=metric, out=out)
         if binding.structure is not None and torch.compiler.is_compiling():
             binding.structure.demand(x)
         if out is not None:
@@ -97,12 +120,19 @@ class HessianModule(nn.Module):
             with torch.no_grad(), _torch.as_written(x.device):
                 execution = program.execution
                 if execution is None:
-                    return out.copy_(program.graph_module(x, *tensors))
-                return execution(x, tensors, [out], binding.hoisted, self.running)[0]
-        return self._named(binding.run(x, tensors, self.running))
+                    return out.copy_(program.graph_module(x, *given, *tensors))
+                return execution(x, tensors, [out], binding.hoisted, self.running, given)[0]
+        return self._named(binding.run(x, given, tensors, self.running))
+
+    def _given(
+        self, x: torch.Tensor, vector: torch.Tensor | None, metric: torch.Tensor | None
+    ) -> tuple[tuple[Given, ...], Sequence[torch.Tensor]]:
+        n = self.options.event_ndim
+        check_input(x, n)
+        return given_for(self.options.outputs, x, n, vector, metric)
 
     def _named(self, results: list[Any]) -> Any:
-        return results[0] if isinstance(self.outputs, str) else result_type(self.outputs)(*results)
+        return results[0] if self.single else result_type(self.options.names)(*results)
 
     def _check_out(self, binding: Binding, x: torch.Tensor, out: torch.Tensor) -> None:
         if len(self.options.outputs) != 1:
@@ -112,8 +142,10 @@ class HessianModule(nn.Module):
         ).args
         assert isinstance(result, fx.Node)
         nb = x.ndim - self.options.event_ndim
-        summed = binding.program.summed and self.options.outputs == ("value",)
-        shape = [] if summed else [*x.shape[:nb], *result.meta["val"].shape[nb:]]
+        summed = binding.program.summed and self.options.names == ("value",)
+        (lead,) = binding.program.leads
+        after = result.meta["val"].shape[len(lead) + nb :]
+        shape = [] if summed else [*lead, *x.shape[:nb], *after]
         tensors = [source.read(self.model) for source in binding.sources]
         check_out(out, shape, result.meta["val"].dtype, x, tensors)
 
@@ -129,19 +161,20 @@ class HessianModule(nn.Module):
 
     # --- programs -------------------------------------------------------------------------------
 
-    def _key(self, x: torch.Tensor) -> Any:
+    def _key(self, x: torch.Tensor, given: tuple[Given, ...] = ()) -> Any:
         # Modules by identity: one that was replaced may compute something else.
         modules = tuple([(id(m), m.training) for m in self.model.modules()])
         nb = x.ndim - self.options.event_ndim
+        event = x.shape[nb:] if nb >= 0 else None
         casts = _torch.autocasting(x.device)
-        return (nb, x.shape[nb:] if nb >= 0 else None, x.dtype, x.device, x.layout, casts, modules)
+        return (nb, event, x.dtype, x.device, x.layout, casts, modules, given)
 
-    def _find(self, x: torch.Tensor) -> Binding | Apart | None:
+    def _find(self, x: torch.Tensor, given: tuple[Given, ...] = ()) -> Binding | Apart | None:
         if not isinstance(x, torch.Tensor):
             return None
         if isinstance(self.model, FunctionModule) and not torch.compiler.is_compiling():
             self.model.refresh()
-        known = self._bindings.get(self._key(x), _NONE)
+        known = self._bindings.get(self._key(x, given), _NONE)
         for binding in known:
             if binding.generation == programs.generation and (
                 binding.unconditional or binding.serves(x)
@@ -151,19 +184,40 @@ class HessianModule(nn.Module):
                 return binding  # type: ignore[no-any-return]
         return None
 
-    def specialize(self, x: torch.Tensor) -> HessianModule:
-        """Make the program for inputs like x (any batch size) now; returns the module itself.
-        Where the structure of the model depends on values: for values like these."""
-        binding = self._find(x)
-        if binding is None:
-            binding = self._specialize(x)
-        if isinstance(binding, Apart):
-            binding.run(x)
+    def specialize(
+        self,
+        x: torch.Tensor,
+        *,
+        vector: torch.Tensor | None = None,
+        metric: torch.Tensor | None = None,
+    ) -> HessianModule:
+        """Make the program for inputs like these (any batch size) now; returns the module itself.
+        Where the structure of the model depends on values: for values like these.  Without a
+        ``vector``, where one is needed: for a single one."""
+        self._specialized(x, vector, metric)
         return self
 
-    @torch.compiler.disable(reason=f"no program for such an x yet: {_FIRST}")
-    def _specialize(self, x: torch.Tensor) -> Binding | Apart:
+    def _specialized(
+        self,
+        x: torch.Tensor,
+        vector: torch.Tensor | None = None,
+        metric: torch.Tensor | None = None,
+    ) -> Binding | Apart:
         check_input(x, self.options.event_ndim)
+        if vector is None and self._takes_vector:
+            vector = torch.zeros_like(x)
+        described, given = self._given(x, vector, metric)
+        binding = self._find(x, described) or self._specialize(x, described)
+        if isinstance(binding, Apart):
+            binding.run(x, given)
+        return binding
+
+    @torch.compiler.disable(reason=f"no program for such an x yet: {_FIRST}")
+    def _specialize(self, x: torch.Tensor, given: tuple[Given, ...]) -> Binding | Apart:
+        check_input(x, self.options.event_ndim)
+        for output in self.options.outputs:
+            check_entries(output, x.shape[x.ndim - self.options.event_ndim :])
+        options = replace(self.options, given=given)
         if tracing_elsewhere():
             raise InputError(
                 "this module has no program for such an x yet, and none can be made while"
@@ -171,17 +225,17 @@ class HessianModule(nn.Module):
                 hint=_FIRST,
             )
         with self._lock, collector_paused():
-            binding = self._find(x)
+            binding = self._find(x, given)
             if binding is not None:
                 return binding
-            known = self._bindings.setdefault(self._key(x), [])
+            known = self._bindings.setdefault(self._key(x, given), [])
             known[:] = [b for b in known if b.generation == programs.generation]
             try:
                 captured = capture(self.model, x, x.ndim - self.options.event_ndim)
-                binding = bind(self.model, captured, x, self.options)
+                binding = bind(self.model, captured, x, options)
                 keep(known, binding)
             except SampleStructureError as error:
-                binding = Apart(self.model, self.options, x, error.where, self.running)
+                binding = Apart(self.model, options, x, error.where, self.running)
                 known[:] = [binding]
             except CaptureError:
                 check_model(self.model, x)
@@ -191,21 +245,18 @@ class HessianModule(nn.Module):
     # --- looking at it --------------------------------------------------------------------------
 
     def _found(self, x: torch.Tensor) -> Binding:
-        """The program for an x that the module is specialized for; where samples have programs of
-        their own, that of the first."""
-        binding = self._find(x)
-        assert binding is not None
+        """The program for inputs like x, made now if need be; where samples have programs of their
+        own, that of the first."""
+        binding = self._specialized(x)
         return binding.of_first(x) if isinstance(binding, Apart) else binding
 
     def graph_module(self, x: torch.Tensor) -> fx.GraphModule:
         """The generated code for inputs like x, as a ``torch.fx.GraphModule`` whose inputs are x
         and the model's tensors in the order of :meth:`tensors`."""
-        self.specialize(x)
         return self._found(x).program.graph_module
 
     def tensors(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """The model's tensors that the generated code takes besides x, by name, in order."""
-        self.specialize(x)
         return {
             ".".join(source.path) or f"constant {i}": source.read(self.model)
             for i, source in enumerate(self._found(x).sources)
@@ -214,15 +265,19 @@ class HessianModule(nn.Module):
     def explain(self, x: torch.Tensor) -> Explanation:
         """What the compiler did for inputs like x: print it.  Calls the module a few times, for
         about 0.3 s, to show the measured time beside the predicted one."""
-        self.specialize(x)
-        found = self._find(x)
+        found = self._specialized(x)
         binding = self._found(x)
         notes = [] if binding.structure is None else binding.structure.notes(binding.captures)
         shown = x
         if isinstance(found, Apart):
             notes += found.notes()
             shown = found.shown(x)
-        return Explanation.of(binding.program, shown, self.options, lambda _: self(x), notes)
+        return Explanation.of(
+            binding.program, shown, self.options, lambda _: self._called(x), notes
+        )
+
+    def _called(self, x: torch.Tensor) -> Any:
+        return self(x, vector=torch.zeros_like(x)) if self._takes_vector else self(x)
 
     def verify(self, x: torch.Tensor, *, samples: int = 8) -> Verification:
         """Compare with double backward of one sample at a time in float64, on at most
@@ -249,4 +304,4 @@ class HessianModule(nn.Module):
         return f"outputs={self.outputs!r}, event_ndim={self.options.event_ndim}"
 
 
-__all__ = ["OUTPUTS", "CaptureError", "HessianModule", "result_type"]
+__all__ = ["CaptureError", "HessianModule", "result_type"]

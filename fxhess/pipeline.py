@@ -25,10 +25,12 @@ from fxhess.errors import InputError, Origin
 from fxhess.execute import Execution
 from fxhess.facts import Canonical
 from fxhess.guards import Guard
+from fxhess.outputs import Given, Output, leading_axes
 from fxhess.passes.activity import mark_activity
 from fxhess.passes.canonicalize import canonical_values, canonicalize
 from fxhess.passes.check import check_canonical, check_graph
-from fxhess.passes.differentiate import Draft, Term, differentiate
+from fxhess.passes.differentiate import differentiate, planned
+from fxhess.passes.draft import Draft, Term
 from fxhess.passes.fuse import fuse, fusible
 from fxhess.passes.lower import lower
 from fxhess.passes.plan import plan as make_plan
@@ -42,18 +44,24 @@ from fxhess.splice import slow_nodes
 class Options:
     """What a plan is made for, besides the graph itself."""
 
-    outputs: tuple[str, ...]
+    outputs: tuple[Output, ...]
     event_ndim: int
     strategy: str = "auto"
     fallback: str = "allow"
+    given: tuple[Given, ...] = ()  # what is given at a call besides x
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The outputs' names, in order."""
+        return tuple(output.name for output in self.outputs)
 
 
 @dataclass
 class Program:
     """A finished plan: the generated module and what ``explain`` tells about it.
 
-    ``graph_module`` takes x and the tensors of the sources, in order, and returns the outputs (a
-    tuple if there are several).
+    ``graph_module`` takes x, what is ``given`` besides and the tensors of the sources, in order,
+    and returns the outputs (a tuple if there are several).
     """
 
     graph_module: fx.GraphModule
@@ -63,6 +71,8 @@ class Program:
     bases: list[str]
     estimate: float
     batch_ndim: int
+    given: tuple[Given, ...] = ()
+    leads: tuple[tuple[int, ...], ...] = ((),)
     notes: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -76,7 +86,7 @@ class Program:
     @cached_property
     def execution(self) -> Execution | None:
         """The program split for running without autograd, or None where it cannot be."""
-        return Execution.of(self.graph_module, self.batch_ndim, self.summed)
+        return Execution.of(self.graph_module, self.batch_ndim, self.summed, self.given, self.leads)
 
     def check_memory(self, x: torch.Tensor, wanted: bool, limit: int) -> None:
         """Refuse to run where the whole program has to (gradients are ``wanted``, or it cannot
@@ -101,7 +111,7 @@ class Program:
     @cached_property
     def compiled(self) -> Callable[..., Any]:
         """The whole program, compiled at its first call."""
-        return compiled(self.fused, self.batch_ndim)
+        return compiled(self.fused, self.batch_ndim, self.given)
 
 
 def key_of(captured: Captured, x: torch.Tensor, options: Options) -> str:
@@ -158,7 +168,7 @@ def compile_guard(captured: Captured, guard: Guard, x: torch.Tensor) -> fx.Graph
         values[0].node.graph, next(iter(values[0].node.graph.nodes)), values[-1].node,
         1, False, False, x.device,
     )  # fmt: skip
-    draft = Draft(canonical, ())
+    draft = Draft(canonical)
     results = {f"operand_{i}": draft.values[v.node] for i, v in enumerate(values)}
     module = lower(draft.emitter.graph, results)
     module.graph.eliminate_dead_code()
@@ -176,10 +186,16 @@ def compile_captured(captured: Captured, x: torch.Tensor, options: Options) -> P
     canonical = mark_activity(canonical)
     check_canonical(canonical, "mark_activity")
     clock.mark("activity")
-    want_hessian = "hessian" in options.outputs
-    plan = make_plan(canonical, options.strategy if want_hessian else "close")
+    batch = canonical.x.meta[VAL].shape[: captured.batch_ndim]
+    given = {g.name: g.stand_in(batch, x.dtype) for g in options.given}
+    plans = {
+        output.name: make_plan(canonical, options.strategy, output, given)
+        for output in planned(options.outputs)
+    }
     clock.mark("plan")
-    derivative = differentiate(canonical, plan.pieces, options.outputs)
+    derivative = differentiate(
+        canonical, {name: p.pieces for name, p in plans.items()}, options.outputs, given
+    )
     check_graph(derivative.graph, "differentiate")
     clock.mark("differentiate")
     results = derivative.results
@@ -201,9 +217,11 @@ def compile_captured(captured: Captured, x: torch.Tensor, options: Options) -> P
         _describe(derivative.terms),
         canonical.summed,
         canonical.vector,
-        [piece.base.name for piece in plan.pieces],
-        plan.estimate,
+        list(dict.fromkeys(p.base.name for plan in plans.values() for p in plan.pieces)),
+        sum(plan.estimate for plan in plans.values()),
         captured.batch_ndim,
+        options.given,
+        tuple(leading_axes(options.outputs, options.given)),
         (*slow_nodes(module.graph), *_lost(derivative.losses)),
         clock.marks,
     )

@@ -125,6 +125,13 @@ class Algebra:
             s = replace(wider, core=core)
         return s
 
+    def select(self, s: Structured, places: Var) -> Structured:
+        """The derivative along some of its directions; nothing may be tied to its basis axis."""
+        core = self.tensor(s)
+        if core.val.shape[0] != 1:
+            core = torch.index_select(core, 0, places)  # type: ignore[assignment, arg-type]
+        return replace(s, core=core, basis=(places.size(0),))
+
     def widen(self, s: Structured, axes: Sequence[int]) -> Structured:
         """Give these event axes their full size in the core."""
         core = self.tensor(s)

@@ -7,7 +7,7 @@ factors that do not depend on the batch survive until the contraction; smooth on
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -37,6 +37,12 @@ class Curvature:
     right: tuple[Label, ...]
     weight: float
 
+    def sides(self) -> list[Curvature]:
+        """All of the symmetric form that this is a part of, as maps from operand j to operand i."""
+        if self.i is self.j and self.weight == 0.5:
+            return [replace(self, weight=1.0)]
+        return [self, replace(self, i=self.j, j=self.i, left=self.right, right=self.left)]
+
 
 @dataclass(frozen=True)
 class Moved:
@@ -47,6 +53,13 @@ class Moved:
     j: fx.Node
     apply: Callable[[Structured], Structured]
     weight: float
+    swapped: Callable[[Structured], Structured] | None = None  # from i to j, where they differ
+
+    def sides(self) -> list[Moved]:
+        """All of the symmetric form that this is a part of, as maps from operand j to operand i."""
+        if self.swapped is None:
+            return [replace(self, weight=1.0)]
+        return [self, Moved(self.j, self.i, self.swapped, self.weight, self.apply)]
 
 
 def curvature(forms: Forms, node: fx.Node, g: Structured) -> list[Curvature | Moved]:
@@ -107,7 +120,8 @@ def _smooth(forms: Forms, node: fx.Node, g: Structured) -> list[Curvature | Move
             a, b = known.operands[i], known.operands[j]
             if is_active(a) and is_active(b):
                 apply = _moving(forms, node, g, call, i, j)
-                terms.append(Moved(a, b, apply, 0.5 if i == j else 1.0))
+                swapped = None if i == j else _moving(forms, node, g, call, j, i)
+                terms.append(Moved(a, b, apply, 0.5 if i == j else 1.0, swapped))
     return terms
 
 

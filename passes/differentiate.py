@@ -21,47 +21,28 @@ of three ways:
   tangents start afresh from the identity at each base, and (1) is summed piece by piece::
 
       H_(i) = J^T H_(i+1) J  +  sum over k between z_i and z_(i+1),       J = d z_(i+1) / d z_i
+
+Parts of H are the same sum with fewer index pairs: for the diagonal (and its sum, the Laplacian)
+both tangents carry one index, for selected entries one of a list of pairs; along given vectors,
+tangents start from these (``v^T H v``), or all terms are pulled (``H v``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxhess.contraction import Factor, contract, evaluate
-from fxhess.emit import ORIGIN, VAL, Emitter, Var
-from fxhess.errors import Origin, SampleMixingError
-from fxhess.facts import Canonical, Fact, fact, is_active
-from fxhess.kinds import Label, is_curved
-from fxhess.passes.curvature import Curvature, Moved, curvature
-from fxhess.passes.forms import Forms
-from fxhess.passes.guard import guard
-from fxhess.passes.halves import Half, Halves, Pattern
-from fxhess.structure import Algebra, Structured
-
-
-@dataclass(frozen=True)
-class Piece:
-    """How the part of the Hessian from one base to the next is made: the base, and how many of
-    its terms (the first ones, in the order of the program) are pulled; the others are closed."""
-
-    base: fx.Node
-    pulled: int = 0
-
-
-@dataclass(frozen=True)
-class Term:
-    """One term of formula (1), for ``explain``: the curved operation (or the later base), the
-    base it is relative to, how it ends and the pattern of its result."""
-
-    node: fx.Node
-    base: fx.Node
-    ending: str
-    pattern: tuple[int, ...]
+from fxhess.emit import VAL, Var
+from fxhess.errors import Origin
+from fxhess.facts import Canonical
+from fxhess.outputs import Output, flat
+from fxhess.passes.draft import Draft, Piece, Start, Term
+from fxhess.passes.halves import Half, Part
+from fxhess.structure import Structured
 
 
 @dataclass
@@ -76,300 +57,275 @@ class Derivative:
 
 
 def differentiate(
-    canonical: Canonical, pieces: Sequence[Piece], outputs: Sequence[str]
+    canonical: Canonical,
+    plans: Mapping[str, Sequence[Piece]],
+    outputs: Sequence[Output],
+    given: Mapping[str, torch.Tensor] | None = None,
 ) -> Derivative:
-    """Write the graph of the wanted ``outputs``; see the module's docstring.  ``pieces`` start
-    with x's."""
-    draft = Draft(canonical, outputs)
-    makers = {
-        "value": draft.value,
-        "gradient": draft.gradient,
-        "hessian": lambda: draft.hessian(pieces),
-    }
-    results = {name: draft.typed(makers[name]()) for name in outputs}
+    """Write the graph of the wanted ``outputs``; see the module's docstring.  ``plans``: the
+    pieces, starting with x's, of each output that needs some; ``given``: stand-ins of what is given
+    at the call besides x (``vector``, ``metric``)."""
+    draft = Draft(canonical, given)
+    if any(output.order for output in outputs):
+        draft.reverse()
+    writer = _Writer(draft, plans)
+    results = {output.name: writer.typed(writer.write(output)) for output in outputs}
     return Derivative(draft.emitter.graph, results, draft.terms, draft.algebra.losses)
 
 
-class Draft:
-    """A derivative being written: values and adjoints are there, pieces are added on demand."""
+def planned(outputs: Sequence[Output]) -> list[Output]:
+    """The outputs that need a plan: what is read off the Hessian, where that is wanted too, and a
+    Laplacian off the diagonal, need none."""
+    second = [output for output in outputs if output.order == 2]
+    whole = [output for output in second if output.name == "hessian"]
+    return whole or [output for output in second if output.name != "hvp"]
 
-    def __init__(self, canonical: Canonical, outputs: Sequence[str]) -> None:
-        self.canonical = canonical
-        self.nb = canonical.batch_ndim
-        self.emitter = Emitter()
-        self.values: dict[fx.Node, Any] = {}
-        self.adjoints: dict[fx.Node, Structured] = {}
-        self.terms: list[Term] = []
-        # What pieces have in common, written once: a planner tries many of them.
-        self._curvatures: dict[fx.Node, list[Curvature | Moved]] = {}
-        self._tangents_of: dict[fx.Node, dict[fx.Node, Structured]] = {}  # by base, by value
-        self._parts: dict[Hashable, Structured | tuple[Pattern, Half]] = {}
-        self._sizes: dict[int, Var] = {}
-        self._primal()
-        self.algebra = Algebra(self.emitter, self.nb, self.x, self.batch_size, canonical.device)
-        self.forms = self._guarded()
-        self.halves = Halves(self.forms)
-        self.path = self._path()
-        self._outputs = canonical.event(canonical.output) if canonical.vector else ()
-        if "gradient" in outputs or "hessian" in outputs:
-            self._reverse()
 
-    # --- values ---------------------------------------------------------------------------------
+def start_of(draft: Draft, output: Output) -> Start:
+    """What the tangents at x start from, and which part of the second form is wanted."""
+    x = draft.canonical.x
+    event = draft.canonical.event(x)
+    everything = draft.start(x)
+    axes = frozenset(range(len(event)))
+    if output.name == "blocks":
+        return Start(everything.left, everything.right, Part(frozenset(output.axes)), key="blocks")
+    if output.name == "diagonal":
+        return Start(everything.left, everything.right, Part(axes), key="diagonal")
+    if output.name == "laplacian":
+        right = _metric(draft) if "metric" in draft.given else everything.right
+        return Start(everything.left, right, Part(axes, traced=True), key="laplacian")
+    if output.name == "quadratic":
+        along = direction(draft)
+        tied = frozenset(range(len(along.basis)))
+        return Start(along, along, Part(tied), key="quadratic")
+    if output.name == "entries":
+        return _entries(draft, output, event)
+    return everything
 
-    def _primal(self) -> None:
-        """Every value of the canonical graph, as plain operations."""
-        for node in self.canonical.nodes():
-            if node.op == "placeholder":
-                self.values[node] = self.emitter.placeholder(str(node.target), node.meta[VAL])
-                continue
-            with self.emitter.at(node.meta.get(ORIGIN), "value"):
-                self.values[node] = self._write(node, self.values.__getitem__)
-        self.x: Var = self.values[self.canonical.x]
 
-    def _write(self, node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
-        """A node's operation, of these values of its operands."""
-        args = fx.node.map_arg(node.args, value)
-        kwargs = fx.node.map_arg(node.kwargs, value)
-        if node.target is evaluate:
-            return self._evaluate(node, *args)  # type: ignore[arg-type]
-        return self.emitter.create_proxy(node.op, node.target, args, kwargs)  # type: ignore[arg-type]
+def direction(draft: Draft) -> Structured:
+    """The given vectors as a tangent of x: ``[*batch, *event]``, or with a leading axis."""
+    event = draft.canonical.event(draft.canonical.x)
+    vector = draft.given["vector"]
+    leading = vector.ndim - draft.nb - len(event)
+    basis = tuple(int(n) for n in vector.val.shape[:leading])
+    return Structured(vector, (None,) * len(event), basis, event)
 
-    def _guarded(self) -> Forms:
-        """First forms at harmless values of what is not chosen."""
-        raw = Forms(self.canonical, self.algebra, self.values)
-        values, calls = guard(self.canonical, raw, self._write)
-        if not values:
-            return raw
-        self.values = {**self.values, **values}
-        return Forms(self.canonical, self.algebra, self.values, calls)
 
-    def _evaluate(
-        self,
-        node: fx.Node,
-        inputs: Sequence[Sequence[Label]],
-        output: Sequence[Label],
-        sizes: Mapping[Label, int],
-        scale: Any,
-        *operands: Var,
-    ) -> Var:
-        factors: list[Factor] = [*zip(operands, inputs, strict=True), (scale, ())]
-        out = contract(
-            self.emitter, factors, output, None, lambda a: self.batch_size(int(str(a)[1:]))
-        )
-        assert isinstance(out, Var)
-        shape = node.meta[VAL].shape
-        expand = [
-            sizes[a] if out.val.shape[i] != shape[i] and a in sizes else -1
-            for i, a in enumerate(output)
-        ]
-        return out if all(n == -1 for n in expand) else out.expand(expand)  # type: ignore[no-any-return]
+def _metric(draft: Draft) -> Structured:
+    """The symmetric part of the given metric as tangents of x, one for each of its rows."""
+    event = draft.canonical.event(draft.canonical.x)
+    n, nb = len(event), draft.nb
+    given: Any = draft.given["metric"]
+    a = given.ndim - 2 * n
+    swapped = [*range(a), *range(a + n, a + 2 * n), *range(a, a + n)]
+    core: Any = (given + torch.permute(given, swapped)) * 0.5
+    if a == 0:
+        core = core[(slice(None),) * n + (None,) * nb]
+    else:
+        core = torch.permute(core, [*range(a, a + n), *range(a), *range(a + n, a + 2 * n)])
+    return Structured(core, (None,) * n, event, event)
 
-    def batch_size(self, index: int) -> Var:
-        """The size of a batch axis as a value of the graph, defined before all else."""
-        if index not in self._sizes:
-            first = next(n for n in self.emitter.graph.nodes if n.op != "placeholder")
-            with self.emitter.graph.inserting_before(first):
-                self._sizes[index] = self.emitter.call(torch.ops.aten.sym_size.int, self.x, index)
-        return self._sizes[index]
 
-    def _path(self) -> list[fx.Node]:
-        """Active nodes on a path from x to the output, in order."""
-        needed = {self.canonical.output}
-        path = []
-        for node in reversed(list(self.canonical.nodes())):
-            if node in needed and is_active(node):
-                path.append(node)
-                needed.update(_active_operands(node))
-        return path[::-1]
+def _entries(draft: Draft, output: Output, event: tuple[int, ...]) -> Start:
+    """One direction for each coordinate that occurs in a pair, and who is paired with whom."""
+    pairs = [(flat(i, event), flat(j, event)) for i, j in output.entries]
+    places = sorted({k for pair in pairs for k in pair})
+    at = {k: n for n, k in enumerate(places)}
+    algebra = draft.algebra
+    size = torch.Size(event).numel()
+    chosen = torch.index_select(algebra.eye(size), 0, _constant(draft, places))  # type: ignore[arg-type]
+    core: Any = torch.reshape(chosen, (len(places), *(1,) * draft.nb, *event))
+    along = Structured(core, (None,) * len(event), (len(places),), event)
+    rows = _constant(draft, [at[i] for i, _ in pairs])
+    columns = _constant(draft, [at[j] for _, j in pairs])
+    return Start(along, along, Part(frozenset({0}), doubled=False), rows, columns, "entries")
 
-    # --- adjoints -------------------------------------------------------------------------------
 
-    def _reverse(self) -> None:
-        """The adjoint of every value on the path, ``dy/dv``."""
-        output = self.canonical.output
-        event = self.canonical.event(output)
-        if self.canonical.vector:
-            seed = self.algebra.identity(event)
-        else:
-            seed = Structured(1.0, (None,) * len(event), (), event)
-        pending: dict[fx.Node, list[Structured]] = {output: [seed]}
-        for node in reversed(self.path):
-            if node not in pending:
-                continue
-            with self.emitter.at(node.meta.get(ORIGIN), "adjoint"):
-                g = self.algebra.add(pending.pop(node))
-                self.adjoints[node] = g
-                if node is not self.canonical.x:
-                    for operand, part in self.forms.pull(node, g):
-                        pending.setdefault(operand, []).append(part)
+def _constant(draft: Draft, numbers: Sequence[int]) -> Var:
+    return draft.emitter.call(
+        torch.tensor, list(numbers), dtype=torch.long, device=draft.algebra.device
+    )
 
-    # --- pieces ---------------------------------------------------------------------------------
 
-    def between(self, base: fx.Node, following: fx.Node | None) -> list[fx.Node]:
-        """The nodes after ``base`` up to and including ``following``, on the path."""
-        inside = {base}
-        found = []
-        for node in self.path:
-            if node is not base and any(o in inside for o in _active_operands(node)):
-                found.append(node)
-                if node is following:
-                    break
-                inside.add(node)
-        return found
+class _Writer:
+    """Writes single outputs into a draft."""
 
-    def piece(
-        self, piece: Piece, following: fx.Node | None = None, later: Half | None = None
-    ) -> tuple[Half, int]:
-        """Formula (1) from a base up to the next, whose half is ``later``; also how many terms it
-        has."""
-        base = piece.base
-        nodes = self.between(base, following)
-        half = Half(self.canonical.event(base), self._outputs)
-        terms: list[tuple[fx.Node, str, Curvature | Moved]] = []
-        for node in nodes:
-            if is_curved(_fact(node).kind) and node in self.adjoints:
-                terms += [(node, "close", term) for term in self._curvature(node)]
-        if following is not None and later is not None:
-            carried = self.halves.later_terms(following, later)
-            terms += [(following, "rebase", term) for term in carried]
-        needed = {term.j for *_, term in terms} | {term.i for *_, term in terms[piece.pulled :]}
-        tangents = self._tangents(base, nodes, needed)
-        moved: dict[fx.Node, list[Structured]] = {}
-        for i, (node, ending, term) in enumerate(terms):
-            pulls = i < piece.pulled
-            # A term of a node's own curvature lives as long as the draft: its identity is a name.
-            key = (base, pulls, id(term)) if ending == "close" else None
-            part = self._parts.get(key)
-            if part is None:
-                with self.emitter.at(node.meta.get(ORIGIN), "curvature"):
-                    part = self._part(half, term, tangents, pulls)
-            if key is not None:
-                self._parts[key] = part
-            if isinstance(part, Structured):
-                moved.setdefault(term.i, []).append(part)
-                self.terms.append(Term(node, base, "pull", ()))
-                continue
-            pattern, closed = part
-            with self.emitter.at(node.meta.get(ORIGIN), "curvature"):
-                half.join(closed)
-            self.terms.append(Term(node, base, ending, pattern))
-        self._pull_back(half, base, nodes, moved)
-        return half, len(terms)
-
-    def _curvature(self, node: fx.Node) -> list[Curvature | Moved]:
-        if node not in self._curvatures:
-            with self.emitter.at(node.meta.get(ORIGIN), "curvature"):
-                self._curvatures[node] = curvature(self.forms, node, self.adjoints[node])
-        return self._curvatures[node]
-
-    def _part(
-        self,
-        half: Half,
-        term: Curvature | Moved,
-        tangents: Mapping[fx.Node, Structured],
-        pulls: bool,
-    ) -> Structured | tuple[Pattern, Half]:
-        """One term for a half like ``half``: moved, or closed and its pattern."""
-        if pulls:
-            return self.halves.apply(half, term, tangents[term.j])
-        closed = Half(half.basis, half.outputs)
-        return self.halves.close(closed, term, tangents[term.i], tangents[term.j]), closed
-
-    def _pull_back(
-        self,
-        half: Half,
-        base: fx.Node,
-        nodes: Sequence[fx.Node],
-        moved: dict[fx.Node, list[Structured]],
-    ) -> None:
-        """Carry moved tangents back to the base, where they are rows of the half."""
-        for node in reversed(nodes):
-            if node not in moved:
-                continue
-            with self.emitter.at(node.meta.get(ORIGIN), "curvature"):
-                total = self.algebra.add(moved.pop(node))
-                for operand, part in self.forms.pull(node, total):
-                    moved.setdefault(operand, []).append(part)
-        if base in moved:
-            with self.emitter.at(base.meta.get(ORIGIN), "curvature"):
-                self.halves.absorb(half, self.algebra.add(moved[base]))
-
-    def _tangents(
-        self, base: fx.Node, nodes: Sequence[fx.Node], wanted: set[fx.Node]
-    ) -> dict[fx.Node, Structured]:
-        """Tangents of the wanted values along the base, and of what they are made of."""
-        needed = set(wanted)
-        for node in reversed(nodes):
-            if node in needed:
-                needed.update(_active_operands(node))
-        if base not in self._tangents_of:
-            self._tangents_of[base] = {base: self.algebra.identity(self.canonical.event(base))}
-        tangents = self._tangents_of[base]
-        for node in nodes:
-            if node in needed and node not in tangents:
-                self._check_summed(node)
-                with self.emitter.at(node.meta.get(ORIGIN), "tangent"):
-                    parts = [tangents.get(o) for o in _fact(node).operands]
-                    tangents[node] = self.forms.push(node, parts)
-        return tangents
-
-    def _check_summed(self, node: fx.Node) -> None:
-        shape = node.meta[VAL].shape[: self.nb]
-        if shape != self.canonical.x.meta[VAL].shape[: self.nb]:
-            raise SampleMixingError(
-                "samples of the batch see each other: a sum over the batch is used nonlinearly",
-                where=node.meta.get(ORIGIN),
-                hint="return the plain sum over the batch, or a value for each sample",
-            )
-
-    # --- results ----------------------------------------------------------------------------------
+    def __init__(self, draft: Draft, plans: Mapping[str, Sequence[Piece]]) -> None:
+        self.draft = draft
+        self.plans = plans
+        self.nb = draft.nb
+        self.event = draft.canonical.event(draft.canonical.x)
+        self._hessian: Var | None = None
 
     def typed(self, result: Var) -> Var:
         """The result in the type of the model's own output."""
-        dtype = self.canonical.output.meta[VAL].dtype
-        with self.emitter.at(None, "result"):
+        dtype = self.draft.canonical.output.meta[VAL].dtype
+        with self.draft.emitter.at(None, "result"):
             return result if result.dtype == dtype else result.to(dtype)  # type: ignore[no-any-return]
 
-    def hessian(self, pieces: Sequence[Piece]) -> Var:
-        """``[*batch, *outputs, *event, *event]``, piece by piece from the last base to x."""
+    def write(self, output: Output) -> Var:
+        makers: dict[str, Callable[[], Var]] = {
+            "value": self.value,
+            "gradient": self.gradient,
+            "jacobian": self.gradient,
+            "hvp": self.product,
+        }
+        if output.order == 2 and "hessian" in self.plans:
+            return self.read_off(output)
+        return makers.get(output.name, lambda: self.second(output))()
+
+    def second(self, output: Output) -> Var:
+        """A part of the second form, piece by piece from the last base to x."""
+        draft = self.draft
+        if output.name == "entries" and not output.entries:
+            return draft.halves.zeros((*draft.outputs, 0))
+        with draft.emitter.at(None, "tangent"):
+            start = start_of(draft, output)
         later: Half | None = None
         following: fx.Node | None = None
-        for piece in reversed(pieces):
-            later, _ = self.piece(piece, following, later)
+        for piece in reversed(self.plans[output.name]):
+            here = start if piece.base is draft.canonical.x else None
+            later, _ = draft.piece(piece, following, later, here)
             following = piece.base
         assert later is not None
-        with self.emitter.at(None, "result"):
-            return self.halves.hessian(later)
+        with draft.emitter.at(None, "result"):
+            result: Any = draft.halves.whole(later)
+            if output.name == "quadratic" and later.basis:  # [*batch, *outputs, k] -> [k, ...]
+                return torch.movedim(result, -1, 0)  # type: ignore[return-value]
+            return result  # type: ignore[no-any-return]
+
+    def product(self) -> Var:
+        """``[*leading, *batch, *outputs, *event]``: H times the given vectors."""
+        draft = self.draft
+        along = direction(draft)
+        moved = draft.product(along)
+        sizes = (*draft.outputs, *self.event)
+        with draft.emitter.at(None, "result"):
+            if moved is None:
+                zeros = draft.halves.zeros(sizes)
+                return torch.stack([zeros] * along.basis[0]) if along.basis else zeros  # type: ignore[return-value, list-item]
+            moved = draft.algebra.untie(moved, range(len(self.event)))
+            core: Any = draft.algebra.tensor(moved)
+            m, k = len(draft.outputs), len(along.basis)
+            order = [*range(m, m + k + self.nb), *range(m), *range(m + k + self.nb, core.ndim)]
+            if m and order != list(range(core.ndim)):
+                core = torch.permute(core, order)
+            if not k:
+                return draft.halves.full_size(core, sizes)
+            if tuple(core.val.shape[1:]) == (*draft.x.val.shape[: self.nb], *sizes) and (
+                core.val.shape[0] == along.basis[0]
+            ):
+                return core  # type: ignore[no-any-return]
+            count = core.val.shape[0]
+            rows = [draft.halves.full_size(core[i % count], sizes) for i in range(along.basis[0])]
+            return torch.stack(rows)  # type: ignore[return-value, arg-type]
 
     def value(self) -> Var:
         """The model's own output: ``[*batch]``, ``[*batch, m]`` or a scalar."""
-        out: Var = self.values[self.canonical.output]
-        with self.emitter.at(None, "result"):
-            if self.canonical.summed:
+        draft, canonical = self.draft, self.draft.canonical
+        out: Var = draft.values[canonical.output]
+        with draft.emitter.at(None, "result"):
+            if canonical.summed:
                 return torch.reshape(out, ())  # type: ignore[return-value]
-            event = self.canonical.event(self.canonical.output)
-            out = self.halves.full_size(out, event)
-            return out if self.canonical.vector or not event else torch.squeeze(out, -1)  # type: ignore[return-value]
+            event = canonical.event(canonical.output)
+            out = draft.halves.full_size(out, event)
+            return out if canonical.vector or not event else torch.squeeze(out, -1)  # type: ignore[return-value]
 
     def gradient(self) -> Var:
         """``[*batch, *outputs, *event]``."""
-        x = self.canonical.x
-        sizes = (*self._outputs, *self.canonical.event(x))
-        with self.emitter.at(None, "result"):
-            if x not in self.adjoints:
-                return self.halves.zeros(sizes)
-            g = self.algebra.untie(self.adjoints[x], range(len(self.canonical.event(x))))
-            core = self.algebra.tensor(g)
-            if self._outputs:
+        draft = self.draft
+        x = draft.canonical.x
+        sizes = (*draft.outputs, *self.event)
+        with draft.emitter.at(None, "result"):
+            if x not in draft.adjoints:
+                return draft.halves.zeros(sizes)
+            g = draft.algebra.untie(draft.adjoints[x], range(len(self.event)))
+            core = draft.algebra.tensor(g)
+            if draft.outputs:
                 core = torch.movedim(core, 0, self.nb)  # type: ignore[assignment]
-            return self.halves.full_size(core, sizes)
+            return draft.halves.full_size(core, sizes)
+
+    # --- off the Hessian --------------------------------------------------------------------------
+
+    def read_off(self, output: Output) -> Var:
+        """An output of second order, where the Hessian is there anyway."""
+        if self._hessian is None:
+            self._hessian = self.second(Output("hessian"))
+        H: Any = self._hessian
+        if output.name == "hessian":
+            return H  # type: ignore[no-any-return]
+        with self.draft.emitter.at(None, "result"):
+            return getattr(self, f"_{output.name}")(H, output)  # type: ignore[no-any-return]
+
+    def _flat(self, H: Any) -> Any:
+        n = len(self.event)
+        if n == 1:
+            return H
+        if n == 0:
+            return H[..., None, None]
+        return torch.flatten(torch.flatten(H, -n, -1), -n - 1, -2)
+
+    def _diagonal(self, H: Any, output: Output) -> Any:
+        diagonal = torch.diagonal(self._flat(H), 0, -2, -1)
+        if len(self.event) == 1:
+            return torch.clone(diagonal)
+        return torch.clone(
+            torch.unflatten(diagonal, -1, self.event) if self.event else diagonal[..., 0]
+        )
+
+    def _laplacian(self, H: Any, output: Output) -> Any:
+        if "metric" not in self.draft.given:
+            return torch.sum(torch.diagonal(self._flat(H), 0, -2, -1), -1)
+        metric: Any = self.draft.given["metric"]
+        if self.draft.outputs and metric.ndim > 2 * len(self.event):
+            metric = torch.unsqueeze(metric, self.nb)
+        weighted = H * metric
+        return (
+            torch.sum(torch.flatten(weighted, -2 * len(self.event)), -1) if self.event else weighted
+        )
+
+    def _entries(self, H: Any, output: Output) -> Any:
+        n = torch.Size(self.event).numel()
+        places = [flat(i, self.event) * n + flat(j, self.event) for i, j in output.entries]
+        return torch.index_select(
+            torch.flatten(self._flat(H), -2), -1, _constant(self.draft, places)
+        )  # type: ignore[arg-type]
+
+    def _blocks(self, H: Any, output: Output) -> Any:
+        """Axes that are tied keep one index: the diagonal over each pair of axes, moved back."""
+        n = len(self.event)
+        lead = H.ndim - 2 * n
+        for axis in reversed(output.axes):
+            both = torch.diagonal(H, 0, lead + axis, lead + n + axis)
+            H = torch.movedim(both, -1, lead + axis)
+        return torch.clone(H)
+
+    def _along(self, H: Any) -> tuple[Any, Any]:
+        """The given vectors as columns and flat H: ``[*batch, *outputs, n, leading]``."""
+        along = direction(self.draft)
+        v: Any = along.core
+        if not self.event:
+            v = v[..., None]
+        elif len(self.event) > 1:
+            v = torch.flatten(v, -len(self.event))
+        v = torch.movedim(v, 0, -1) if along.basis else v[..., None]
+        for _ in self.draft.outputs:
+            v = torch.unsqueeze(v, self.nb)
+        return v, torch.matmul(self._flat(H), v)
+
+    def _hvp(self, H: Any, output: Output) -> Any:
+        _, product = self._along(H)
+        leading = direction(self.draft).basis
+        product = torch.movedim(product, -1, 0) if leading else product[..., 0]
+        if not self.event:
+            return product[..., 0]
+        return torch.unflatten(product, -1, self.event) if len(self.event) > 1 else product
+
+    def _quadratic(self, H: Any, output: Output) -> Any:
+        v, product = self._along(H)
+        result = torch.sum(v * product, -2)
+        return torch.movedim(result, -1, 0) if direction(self.draft).basis else result[..., 0]
 
 
-def _fact(node: fx.Node) -> Fact:
-    known = fact(node)
-    assert known is not None
-    return known
-
-
-def _active_operands(node: fx.Node) -> list[fx.Node]:
-    return [o for o in _fact(node).operands if is_active(o)]
+__all__ = ["VAL", "Derivative", "Piece", "Term", "differentiate", "planned", "start_of"]

@@ -29,6 +29,20 @@ from fxhess.structure import Structured
 
 Pattern = tuple[int, ...]
 
+
+@dataclass(frozen=True)
+class Part:
+    """Which part of a second form is wanted.  ``tied``: basis axes whose two indices are the same
+    (all of them: the diagonal); ``traced``: summed over them; ``doubled``: whether the transpose is
+    still to be added (it is not where both orders of two different sides were contracted)."""
+
+    tied: frozenset[int] = frozenset()
+    traced: bool = False
+    doubled: bool = True
+
+
+FULL = Part()
+
 # Sums shorter than this are not worth a pass that unpacks the result.
 _LONG = 96
 
@@ -42,6 +56,19 @@ class Half:
     outputs: tuple[int, ...]
     cores: dict[Pattern, Var | float] = field(default_factory=dict)
     packed: Var | None = None  # [*batch, *outputs, n (n + 1) / 2], n the product of the basis
+    part: Part = FULL
+
+    @property
+    def untied(self) -> list[int]:
+        """Basis axes with two indices."""
+        return [k for k in range(len(self.basis)) if k not in self.part.tied]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the axes (outputs.., basis.., basis again, without the tied ones)."""
+        if self.part.traced:
+            return self.outputs
+        return (*self.outputs, *self.basis, *(self.basis[k] for k in self.untied))
 
     def add_packed(self, part: Var) -> None:
         self.packed = part if self.packed is None else self.packed + part  # type: ignore[assignment]
@@ -125,7 +152,7 @@ class Halves:
     def _packs(self, half: Half, term: Curvature, tangent: Structured) -> bool:
         """Whether the term is a long sum of squares of tangents that are the same for every
         sample, weighted differently for each: worth the packed form."""
-        if term.left != term.right or len(set(term.left)) < len(term.left):
+        if half.part != FULL or term.left != term.right or len(set(term.left)) < len(term.left):
             return False
         if not isinstance(tangent.core, Var) or set(tangent.ties) != {None}:
             return False
@@ -190,13 +217,42 @@ class Halves:
             factors.append((right.core, right.labels(columns, batch, term.right)))
             sizes.update(zip(term.right, right.event, strict=True))
             u = right.basis_labels(columns, term.right)
-        names = [*term.outputs, *t, *u]
+        same = _Same()
+        for k in half.part.tied:
+            same.join(t[k], u[k])
+        sizes.update({t[k]: half.basis[k] for k in half.part.tied})
+        names = [*term.outputs]
+        if not half.part.traced:
+            names += [*t, *(u[k] for k in half.untied)]
+        names = [same(a) for a in names]
+        factors = [self._merged(factor, same) for factor in factors]
         distinct = list(dict.fromkeys(names))
-        universe = {a: n for a, n in sizes.items() if a not in distinct}
+        universe = {same(a): n for a, n in sizes.items() if same(a) not in distinct}
         core = contract(self.emitter, factors, [*batch, *distinct], universe, self.forms.batch_size)
         pattern = tuple(distinct.index(a) for a in names)
         half.add(pattern, core)
         return pattern
+
+    def _merged(self, factor: Factor, same: _Same) -> Factor:
+        """The factor with labels that are the same as one."""
+        value: Any = factor[0]
+        labels = [same(a) for a in factor[1]]
+        if not isinstance(value, Var):
+            return value, labels
+        for label in dict.fromkeys(labels):
+            while labels.count(label) > 1:
+                i = labels.index(label)
+                j = labels.index(label, i + 1)
+                sizes = value.val.shape
+                if 1 in (sizes[i], sizes[j]):
+                    drop = i if sizes[i] == 1 else j
+                    value = torch.squeeze(value, (drop,))
+                    del labels[drop]
+                else:
+                    value = torch.diagonal(value, 0, i, j)
+                    del labels[j], labels[i]
+                    labels.append(label)
+        return value, labels
 
     def _distinct(self, s: Structured, labels: Sequence[Label]) -> Structured:
         repeated = [e for e, a in enumerate(labels) if list(labels).count(a) > 1]
@@ -248,36 +304,43 @@ class Halves:
         core = contract(self.emitter, [factor], [*batch, *distinct], None, self.forms.batch_size)
         half.add(tuple(distinct.index(a) for a in names), core)
 
-    # --- the Hessian ------------------------------------------------------------------------------
+    # --- the result -------------------------------------------------------------------------------
 
-    def hessian(self, half: Half) -> Var:
-        """``A + A^T`` as ``[*batch, *outputs, *basis, *basis]``, at its full size."""
-        n, m = len(half.basis), len(half.outputs)
+    def whole(self, half: Half) -> Var:
+        """``A + A^T`` as ``[*batch, *outputs, *basis, *basis without tied axes]``, at its full
+        size; ``[*batch, *outputs]`` where it is traced."""
+        m = len(half.outputs)
+        rows = [m + k for k in half.untied]
+        columns = [m + len(half.basis) + k for k in range(len(rows))]
+        if half.part.traced:
+            rows = columns = []
         if not half.cores and half.packed is None:
-            return self.zeros((*half.outputs, *half.basis, *half.basis))
+            return self.zeros(half.sizes)
         total: Var | None = None
         result: Var | None = None
         diagonal: list[Var] = []
         for pattern, core in half.cores.items():
-            if pattern[m : m + n] == pattern[m + n :]:  # symmetric as it is
-                diagonal.append(self._dense(half, pattern, core + core))  # type: ignore[operator]
+            if [pattern[k] for k in rows] == [pattern[k] for k in columns]:  # symmetric as it is
+                twice: Any = core + core if half.part.doubled else core  # type: ignore[operator]
+                diagonal.append(self._dense(half, pattern, twice))
             else:
                 dense = self._dense(half, pattern, core)
                 total = dense if total is None else total + dense
         if total is not None:
-            a = total.ndim - 2 * n
-            order = [*range(a), *range(a + n, a + 2 * n), *range(a, a + n)]
+            order = list(range(total.ndim))
+            for i, j in zip(rows, columns, strict=True):
+                order[self.nb + i], order[self.nb + j] = self.nb + j, self.nb + i
             result = total + torch.permute(total, order)  # type: ignore[assignment]
         if half.packed is not None:
             diagonal.append(self._unpacked(half))
         for dense in diagonal:
             result = dense if result is None else result + dense
         assert result is not None
-        return self.full_size(result, (*half.outputs, *half.basis, *half.basis))
+        return self.full_size(result, half.sizes)
 
     def _dense(self, half: Half, pattern: Pattern, core: Var | float) -> Var:
         """The core with an axis of its own for every axis of the result."""
-        sizes = (*half.outputs, *half.basis, *half.basis)
+        sizes = half.sizes
         batch = self.forms.batch()
         distinct = max(pattern, default=-1) + 1
         factors: list[Factor] = [(core, [*batch, *(("c", i) for i in range(distinct))])]
@@ -313,3 +376,20 @@ class Halves:
         if all(isinstance(n, int) and n == -1 for n in want):
             return var
         return torch.clone(var.expand(want), memory_format=torch.contiguous_format)  # type: ignore[return-value]
+
+
+class _Same:
+    """Which labels stand for one axis."""
+
+    def __init__(self) -> None:
+        self._first: dict[Label, Label] = {}
+
+    def __call__(self, label: Label) -> Label:
+        while label in self._first:
+            label = self._first[label]
+        return label
+
+    def join(self, a: Label, b: Label) -> None:
+        a, b = self(a), self(b)
+        if a != b:
+            self._first[b] = a

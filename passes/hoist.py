@@ -1,6 +1,7 @@
 """Hoisting: what depends on parameters alone is computed once a call, not once a tile.
 
-*Needs* a lowered graph with placeholders x, then the model's tensors.  *Gives* two graphs of the
+*Needs* a lowered graph with placeholders x, what else differs from sample to sample, then the
+model's tensors.  *Gives* two graphs of the
 same program: a prologue over the tensors, and a body over x and whatever it needs of them::
 
     f(x, W): a = W * W;  return x @ a      ==>      prologue(W): return W * W
@@ -12,14 +13,14 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fxhess.emit import VAL
+from fxhess.emit import VAL, VARIES
 
 
 def hoist(graph: fx.Graph) -> tuple[fx.Graph, fx.Graph]:
     """Split ``graph`` into (prologue, body); see the module's docstring."""
     nodes = list(graph.nodes)
-    x = nodes[0]
-    depends = {x}
+    inputs = [n for n in nodes if n.op == "placeholder" and n.meta[VARIES]]
+    depends = set(inputs)
     for node in nodes:
         if any(operand in depends for operand in node.all_input_nodes):
             depends.add(node)
@@ -37,12 +38,12 @@ def hoist(graph: fx.Graph) -> tuple[fx.Graph, fx.Graph]:
             early[node] = prologue.node_copy(node, early.__getitem__)
     prologue.output(tuple(_dense(prologue, node, early[node], depends) for node in crossing))
     body = fx.Graph()
-    late = {x: body.node_copy(x)}
+    late = {node: body.node_copy(node) for node in inputs}
     for node in crossing:
         late[node] = body.placeholder(node.name)
         late[node].meta = dict(node.meta)
     for node in nodes:
-        if node is not x and (node in depends or node.op == "output"):
+        if node not in late and (node in depends or node.op == "output"):
             late[node] = body.node_copy(node, late.__getitem__)
     return prologue, body
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
+import torch
 from torch import fx
 
 from fxhess.cost import total
@@ -24,7 +25,9 @@ from fxhess.emit import VAL
 from fxhess.errors import InputError
 from fxhess.facts import Canonical, dataflow, fact
 from fxhess.kinds import is_curved
-from fxhess.passes.differentiate import Draft, Piece
+from fxhess.outputs import Output
+from fxhess.passes.differentiate import start_of
+from fxhess.passes.draft import Draft, Piece, Start
 from fxhess.passes.halves import Half
 from fxhess.rates import Rates, rates_for
 
@@ -44,8 +47,16 @@ class Plan:
     estimate: float = 0.0
 
 
-def plan(canonical: Canonical, strategy: str = "auto") -> Plan:
-    """Choose the pieces.
+HESSIAN = Output("hessian")
+
+
+def plan(
+    canonical: Canonical,
+    strategy: str = "auto",
+    output: Output = HESSIAN,
+    given: Mapping[str, torch.Tensor] | None = None,
+) -> Plan:
+    """Choose the pieces for an output of second order; ``given`` as for ``differentiate``.
 
     ``strategy``: "auto" by cost; "close" and "pull" end all terms in this way, "rebase" closes
     them at every candidate.
@@ -61,8 +72,10 @@ def plan(canonical: Canonical, strategy: str = "auto") -> Plan:
     if strategy == "rebase":
         return Plan(tuple(Piece(base) for base in (canonical.x, *places)))
     if strategy != "auto" or not has_curvature(canonical):
-        return Plan((Piece(canonical.x, _ALL if strategy == "pull" else 0),))
-    return _cheapest(canonical, places, rates_for(canonical.device, canonical.x.meta[VAL].dtype))
+        pulls = strategy == "pull" and output.name == "hessian"
+        return Plan((Piece(canonical.x, _ALL if pulls else 0),))
+    rates = rates_for(canonical.device, canonical.x.meta[VAL].dtype)
+    return _cheapest(canonical, output, given, places, rates)
 
 
 def has_curvature(canonical: Canonical) -> bool:
@@ -113,16 +126,25 @@ class _Best:
     half: Half
 
 
-def _cheapest(canonical: Canonical, places: Sequence[fx.Node], rates: Rates) -> Plan:
-    draft = Draft(canonical, ("hessian",))
+def _cheapest(
+    canonical: Canonical,
+    output: Output,
+    given: Mapping[str, torch.Tensor] | None,
+    places: Sequence[fx.Node],
+    rates: Rates,
+) -> Plan:
+    draft = Draft(canonical, given)
+    draft.reverse()
+    first = start_of(draft, output)
     bill = _Bill(draft, rates)
     window = _window(len(draft.path))
     starts = [canonical.x, *_thinned(canonical, places, 2 * window + 2)]
     best: list[_Best | None] = [None] * len(starts)
     for i in reversed(range(len(starts))):
         for j in _ends(i, len(starts), window):
-            later = best[j] if j is not None else None
-            tried = _trial(draft, starts[i], starts[j] if j is not None else None, later, bill)
+            later, end = (None, None) if j is None else (best[j], starts[j])
+            start = first if i == 0 else draft.start(starts[i])
+            tried = _trial(draft, start, starts[i], end, later, bill)
             known = best[i]
             for candidate in tried:
                 if known is None or candidate.cost < known.cost:
@@ -130,7 +152,7 @@ def _cheapest(canonical: Canonical, places: Sequence[fx.Node], rates: Rates) -> 
             best[i] = known
     chosen = best[0]
     assert chosen is not None
-    result = draft.halves.hessian(chosen.half)
+    result = draft.halves.whole(chosen.half)
     return Plan(chosen.pieces, chosen.cost + bill.of([result.node], chosen.half.values()))
 
 
@@ -164,19 +186,25 @@ def _ends(i: int, count: int, window: int) -> Iterator[int | None]:
 
 
 def _trial(
-    draft: Draft, base: fx.Node, following: fx.Node | None, later: _Best | None, bill: _Bill
+    draft: Draft,
+    start: Start,
+    base: fx.Node,
+    following: fx.Node | None,
+    later: _Best | None,
+    bill: _Bill,
 ) -> Iterator[_Best]:
-    """Programs that start at ``base`` and go on from ``following``, costed."""
+    """Programs that start at ``base`` and go on from ``following``, costed.  Pulled terms are rows
+    of the whole form, so they are tried for that only."""
     cuts, done = [0], 0
     while done < len(cuts):
         piece = Piece(base, cuts[done])
-        half, terms = draft.piece(piece, following, later.half if later else None)
+        half, terms = draft.piece(piece, following, later.half if later else None, start)
         cost = bill.of(half.values(), later.half.values() if later else ())
         if later is not None:
             yield _Best(cost + later.cost, (piece, *later.pieces), half)
         else:
             yield _Best(cost, (piece,), half)
-        if done == 0 and terms:
+        if done == 0 and terms and not start.key:
             cuts += range(1, terms + 1) if terms <= _FEW else [terms]
         done += 1
 

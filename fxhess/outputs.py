@@ -1,0 +1,219 @@
+"""What can be asked for: the value, and first and second derivatives, whole or in part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fxhess.errors import InputError
+
+Index = tuple[int, ...]
+
+_ORDER = {
+    "value": 0, "gradient": 1, "jacobian": 1, "hessian": 2, "diagonal": 2, "laplacian": 2,
+    "hvp": 2, "quadratic": 2, "entries": 2, "blocks": 2,
+}  # fmt: skip
+NAMES = tuple(_ORDER)
+_DETAILED = {
+    "entries": '("entries", [(0, 1), ...]): pairs of indices into x',
+    "blocks": '("blocks", 0): event axes along which only the diagonal is wanted',
+}
+
+
+@dataclass(frozen=True)
+class Output:
+    """One output: its name, and for ``entries`` the pairs of indices (each a tuple, one number an
+    event axis), for ``blocks`` the event axes whose two indices are the same."""
+
+    name: str
+    entries: tuple[tuple[Index, Index], ...] = ()
+    axes: tuple[int, ...] = ()
+
+    @property
+    def order(self) -> int:
+        """How many derivatives it takes."""
+        return _ORDER[self.name]
+
+    @property
+    def takes_vector(self) -> bool:
+        """Whether it is asked along a vector that is given at the call."""
+        return self.name in ("hvp", "quadratic")
+
+
+@dataclass(frozen=True)
+class Given:
+    """An input of a program besides x: its name and the sizes of its axes
+    ``[*leading, *batch, *event]``, the batch only where it is given for each sample."""
+
+    name: str
+    leading: tuple[int, ...]
+    batched: bool
+    event: tuple[int, ...]
+
+    @property
+    def batch_axis(self) -> int | None:
+        """Where its batch axes begin."""
+        return len(self.leading) if self.batched else None
+
+    def stand_in(self, batch: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A meta tensor of its shape for a batch of these sizes."""
+        middle = tuple(batch) if self.batched else ()
+        return torch.empty((*self.leading, *middle, *self.event), dtype=dtype, device="meta")
+
+
+def parse(outputs: Any, event_ndim: int) -> tuple[Output, ...]:
+    """The outputs that a user named: one, or a sequence of them.
+
+    Raises:
+        InputError: an unknown name, or details that do not fit.
+    """
+    single = isinstance(outputs, str) or is_detailed(outputs)
+    found = tuple(_one(o, event_ndim) for o in ([outputs] if single else outputs))
+    names = [o.name for o in found]
+    if not names or len(set(names)) != len(names):
+        raise InputError("outputs must be named, and once each", hint=_valid())
+    return found
+
+
+def is_detailed(output: Any) -> bool:
+    """Whether this is one output with details, not a sequence of outputs."""
+    return (
+        isinstance(output, Sequence)
+        and len(output) == 2
+        and output[0] in _DETAILED
+        and not isinstance(output[1], str)
+        and not is_detailed(output[1])
+    )
+
+
+def _one(output: Any, event_ndim: int) -> Output:
+    if isinstance(output, str) and output in _ORDER:
+        if output in _DETAILED:
+            raise InputError(f"output {output!r} needs details", hint=_DETAILED[output])
+        return Output(output)
+    if not is_detailed(output):
+        raise InputError(f"unknown output {output!r}", hint=_valid())
+    name, details = output
+    try:
+        if name == "blocks":
+            axes = (details,) if isinstance(details, int) else tuple(details)
+            return Output(name, axes=_axes(axes, event_ndim))
+        pairs = tuple((_index(i, event_ndim), _index(j, event_ndim)) for i, j in details)
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InputError(f"cannot read output {output!r}", hint=_DETAILED[name]) from error
+    return Output(name, entries=pairs)
+
+
+def _axes(axes: Sequence[int], event_ndim: int) -> tuple[int, ...]:
+    for axis in axes:
+        if not -event_ndim <= axis < event_ndim:
+            raise InputError(f"blocks along event axis {axis}, but a sample has {event_ndim} axes")
+    return tuple(sorted({axis % event_ndim for axis in axes}))
+
+
+def _index(index: Any, event_ndim: int) -> Index:
+    whole = (index,) if isinstance(index, int) else tuple(int(i) for i in index)
+    if len(whole) != event_ndim:
+        raise InputError(
+            f"an entry has {len(whole)} numbers where a sample of x has {event_ndim} axes",
+            hint=_DETAILED["entries"],
+        )
+    return whole
+
+
+NOTHING_GIVEN: tuple[tuple[Given, ...], Sequence[torch.Tensor]] = ((), ())
+
+
+def given_for(
+    outputs: Sequence[Output],
+    x: torch.Tensor,
+    event_ndim: int,
+    vector: torch.Tensor | None,
+    metric: torch.Tensor | None,
+) -> tuple[tuple[Given, ...], list[torch.Tensor]]:
+    """What is given at a call besides x, described and as tensors of x's batch shape.
+
+    Raises:
+        InputError: it is missing, not asked for, or does not fit x.
+    """
+    nb = x.ndim - event_ndim
+    batch, event = tuple(x.shape[:nb]), tuple(x.shape[nb:])
+    names = [output.name for output in outputs]
+    along = [output.name for output in outputs if output.takes_vector]
+    found: list[Given] = []
+    tensors: list[torch.Tensor] = []
+    if along and vector is None:
+        raise InputError(
+            f"{along[0]!r} needs a vector",
+            hint="hess(x, vector=v) with v of x's shape, or several along a leading axis",
+        )
+    if vector is not None:
+        if not along:
+            raise InputError("a vector is given, but no output takes one", hint=_valid())
+        _same_kind("vector", vector, x)
+        if tuple(vector.shape) == event and nb:
+            vector = vector.expand(x.shape)
+        leading = tuple(vector.shape[: vector.ndim - x.ndim])
+        if tuple(vector.shape) != (*leading, *x.shape) or len(leading) > 1:
+            raise InputError(
+                f"vector has shape {list(vector.shape)} where x has {list(x.shape)}",
+                hint="a vector has x's shape, that of one sample, or x's with one leading axis",
+            )
+        found.append(Given("vector", leading, True, event))
+        tensors.append(vector)
+    if metric is not None:
+        if "laplacian" not in names:
+            raise InputError("a metric is given, but no Laplacian is asked for", hint=_valid())
+        _same_kind("metric", metric, x)
+        whole = (*event, *event)
+        if tuple(metric.shape) not in (whole, (*batch, *whole)):
+            raise InputError(
+                f"metric has shape {list(metric.shape)}; it has to be {list(whole)} for all"
+                f" samples or {[*batch, *whole]} for each"
+            )
+        found.append(Given("metric", (), metric.ndim > len(whole), whole))
+        tensors.append(metric)
+    return tuple(found), tensors
+
+
+def leading_axes(outputs: Sequence[Output], given: Sequence[Given]) -> list[tuple[int, ...]]:
+    """Sizes of the axes that stand before the batch in each output."""
+    vectors = [g.leading for g in given if g.name == "vector"]
+    return [vectors[0] if output.takes_vector else () for output in outputs]
+
+
+def _same_kind(name: str, tensor: torch.Tensor, x: torch.Tensor) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise InputError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    if tensor.dtype != x.dtype or tensor.device != x.device:
+        raise InputError(f"{name} is {tensor.dtype} on {tensor.device}, x {x.dtype} on {x.device}")
+
+
+def check_entries(output: Output, event: Sequence[int]) -> None:
+    """Entries within a sample's shape.
+
+    Raises:
+        InputError: one is not.
+    """
+    for pair in output.entries:
+        for index in pair:
+            if any(not -n <= i < n for i, n in zip(index, event, strict=True)):
+                raise InputError(f"entry {index} is outside of a sample of shape {list(event)}")
+
+
+def flat(index: Index, event: Sequence[int]) -> int:
+    """The position of an entry in a sample read as one list."""
+    position = 0
+    for i, n in zip(index, event, strict=True):
+        position = position * n + i % n
+    return position
+
+
+def _valid() -> str:
+    plain = ", ".join(repr(name) for name in _ORDER if name not in _DETAILED)
+    return f"valid outputs are {plain}, {'; '.join(_DETAILED.values())}"
