@@ -108,7 +108,7 @@ class Binding:
         it, otherwise by the plain program, which autograd and functional transforms see."""
         if _torch.autocasting(x.device):
             with _torch.as_written(x.device):
-                return self.run(x, tensors, running)
+                return self.run(x, given, tensors, running)
         program = self.program
         wanted = torch.is_grad_enabled() and (
             x.requires_grad
