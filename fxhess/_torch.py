@@ -357,6 +357,8 @@ def plain_attention() -> Any:
 def autocasting(device: torch.device) -> torch.dtype | None:
     """The type that ``torch.autocast`` casts to on a device now, None where it is off."""
     kind = device.type
+    if not torch.amp.is_autocast_available(kind):
+        return None
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
