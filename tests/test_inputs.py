@@ -122,7 +122,7 @@ def test_x_on_meta_with_weights_elsewhere():
 
 BAD_CALLS = {
     "unknown output": (lambda: fxhess.transform(_model(), "hesian"), "'hesian'.*\n.*'hessian'"),
-    "no output": (lambda: fxhess.transform(_model(), ()), "named once"),
+    "no output": (lambda: fxhess.transform(_model(), ()), "named, and once each"),
     "the same twice": (lambda: fxhess.transform(_model(), ("value", "value")), "once each"),
     "no model": (lambda: fxhess.transform(3), "not int"),
     "negative event_ndim": (lambda: fxhess.transform(_model(), event_ndim=-1), "negative"),

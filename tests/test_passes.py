@@ -80,9 +80,10 @@ REWRITTEN = {
     "unused ones are dropped": (_unused, lambda x, y: torch.sin(x)),
     "joined operands make equal operations": (_nested, _nested_after),
     "slices": (_indexed, _indexed_after),
+    "a product with 1 is its other factor": (lambda x, y: 1 * x + y * 1.0, lambda x, y: x + y),
 }
 KEPT = {
-    "numbers of another type": lambda x, y: x * 1 + x * 1.0 + x * True,
+    "numbers of another type": lambda x, y: x * 2 + x * 2.0,
     "random numbers": lambda x, y: aten.rand_like.default(x) + aten.rand_like.default(x),
     "dropout": lambda x, y: aten.bernoulli.p(x, 0.5) + aten.bernoulli.p(x, 0.5),
     "other arguments": lambda x, y: torch.sum(x, 0) + torch.sum(x, 1),
