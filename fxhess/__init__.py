@@ -27,6 +27,7 @@ from fxhess.errors import (  # noqa: E402
     InternalError,
     RuleError,
     SampleMixingError,
+    StructureWarning,
     UnsupportedOpError,
 )
 from fxhess.module import HessianModule  # noqa: E402
@@ -50,6 +51,7 @@ __all__ = [
     "Rule",
     "RuleError",
     "SampleMixingError",
+    "StructureWarning",
     "UnsupportedOpError",
     "VerificationError",
     "__version__",

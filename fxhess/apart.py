@@ -8,16 +8,17 @@ in turn.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxhess import _torch
-from fxhess.binding import Binding, bind, keep, transformed
+from fxhess.binding import Binding, bind, keep
 from fxhess.cache import programs
 from fxhess.capture import capture
 from fxhess.collector import collector_paused
@@ -26,6 +27,7 @@ from fxhess.execute import Running
 from fxhess.guards import split
 from fxhess.outputs import Given, Output, leading_axes
 from fxhess.pipeline import Options, batched, compile_guard
+from fxhess.reads import transformed
 from fxhess.splice import agree
 
 _NOTHING = fx.GraphModule(nn.Module(), fx.Graph())  # to compute, of values of x
@@ -49,10 +51,13 @@ class Variant(Binding):
             return ~right
         if varying is None:
             return right
-        if self.matcher is None:
+        found = None
+        if self.matcher is not None:
+            tensors = [t.detach() for t in varying.read()]
+            with contextlib.suppress(RuntimeError, IndexError):  # one sample may spoil it for all
+                found = split(self.matcher(xs, *tensors), varying.reads)
+        if found is None:
             return torch.tensor([varying.holds(x) for x in xs], device=xs.device)
-        tensors = [t.detach() for t in varying.read()]
-        found = split(self.matcher(xs, *tensors), varying.reads)
         for read, own in zip(varying.reads, found, strict=True):
             right = right & read.holds_for_each(own, n)
         return right
@@ -253,7 +258,8 @@ class Apart:
         except Exception:  # whatever the reason, the exact way one at a time is left
             binding = bind(self.model, captured, x, self.options)
             matcher = None
-        variant = Variant(**vars(binding), matcher=matcher)
+        given = {f.name: getattr(binding, f.name) for f in fields(binding) if f.init}
+        variant = Variant(**given, matcher=matcher)
         self.variants[:] = [v for v in self.variants if v.generation == programs.generation]
         keep(self.variants, variant)
         return variant

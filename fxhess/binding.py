@@ -16,10 +16,11 @@ from fxhess import _torch
 from fxhess.cache import programs
 from fxhess.capture import Captured
 from fxhess.checks import check_tensors, check_types
-from fxhess.errors import CaptureError, InputError, StructureWarning
+from fxhess.errors import CaptureError, StructureWarning
 from fxhess.execute import Hoisted, Runner, Running, run_whole
 from fxhess.guards import Structure
 from fxhess.pipeline import Options, Program, compile_captured, key_of
+from fxhess.reads import transformed
 from fxhess.sources import Reader, Source
 
 # Programs of one model for inputs of one shape, one for each structure seen.
@@ -50,8 +51,10 @@ class Binding:
     # The program as one operator, where it can be one; made now: a compiler that traces a call
     # must find it ready.
     runner: Runner | None = None
+    unconditional: bool = field(init=False)  # whether it serves all batch sizes and values
 
     def __post_init__(self) -> None:
+        self.unconditional = not self.guards and self.structure is None
         if self.program.execution is not None:
             self.runner = Runner(self.program.execution, self.hoisted)
 
@@ -59,11 +62,6 @@ class Binding:
     def summed(self) -> bool:
         """Whether the model returns the plain sum over the batch."""
         return self.program.summed
-
-    @property
-    def unconditional(self) -> bool:
-        """Whether it serves all batch sizes and values."""
-        return not self.guards and self.structure is None
 
     @cached_property
     def random(self) -> bool:
@@ -199,12 +197,3 @@ def first(known: list[Any], binding: Any) -> None:
     with contextlib.suppress(ValueError):  # another thread did
         known.remove(binding)
     known.insert(0, binding)
-
-
-def transformed() -> InputError:
-    """The refusal to look at values inside of a functional transform."""
-    return InputError(
-        "the structure of the model depends on the values of x, which nobody knows inside of a"
-        " functional transform (torch.func.vmap, grad, ..)",
-        hint="call it outside: it is batched by itself",
-    )

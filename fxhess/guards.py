@@ -33,6 +33,7 @@ class Guard:
         self.reads = list(reads)
         self.names = names
         self.varying = varying
+        self._messages = [_CHANGED.format(read) for read in self.reads]
         # Copies of the tensors for which it held last, replaced at once.
         self._known: tuple[torch.Tensor, ...] | None = None
 
@@ -85,7 +86,10 @@ class Guard:
             return True
 
     def _agree(self, x: torch.Tensor, tensors: Sequence[torch.Tensor]) -> bool:
-        found = split(self.module(*([x] if self.varying else []), *tensors), self.reads)
+        try:
+            found = split(self.module(*([x] if self.varying else []), *tensors), self.reads)
+        except (RuntimeError, IndexError):  # what was done after another answer cannot be done now
+            return False
         return all(read.holds(own) for read, own in zip(self.reads, found, strict=True))
 
     def demand(self, x: torch.Tensor, module: fx.GraphModule | None = None) -> None:
@@ -95,9 +99,9 @@ class Guard:
         tensors = [t.detach() for t in self.read()]
         inputs = [x.detach(), *tensors] if self.varying else tensors
         found = split((module or self.module)(*inputs), self.reads)
-        for read, own in zip(self.reads, found, strict=True):
+        for read, own, message in zip(self.reads, found, self._messages, strict=True):
             for now, seen in zip(own, read.operands, strict=True):
-                _traced.demand((now == seen).all(), _CHANGED.format(read))
+                _traced.demand((now == seen).all(), message)
 
 
 _CHANGED = (

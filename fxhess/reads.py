@@ -11,17 +11,19 @@ answers are the same.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fxhess import _torch, _traced, registry
-from fxhess.errors import CaptureError, Origin, SampleStructureError, UnsupportedOpError
+from fxhess.errors import CaptureError, InputError, Origin, SampleStructureError, UnsupportedOpError
 
 _library = torch.library.Library("fxhess", "FRAGMENT")
 _library.define("values(Tensor tensor) -> Tensor")
@@ -122,6 +124,7 @@ _ASKING = (
     "_local_scalar_dense.default",
     "_unique.default",
     "_unique2.default",
+    "allclose.default",
     "bincount.default",
     "equal.default",
     "masked_select.default",
@@ -153,7 +156,7 @@ class Questions:
         """Begin a new trace."""
         self.reads: list[Read] = []
         self.watched: list[list[torch.Tensor]] = []
-        self.last: torch.Tensor | None = None
+        self.last: Any = None
         self._values: dict[fx.Node, Any] = {}
         self._answers: set[int] = set()
 
@@ -206,11 +209,17 @@ class Questions:
         varying = any(f.values or f.sizes for f in flow)
         if varying and self.apart:
             raise SampleStructureError("the structure depends on the values of x", where=origin)
-        with _torch.outside_of_modes(), torch.no_grad():
-            operands = tuple(self._value(node, constants).detach().clone() for node in nodes)
-            plain = [_OPERAND if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-            read = Read(op, spec, tuple(plain), operands, (), origin, varying)
-            seen = read.answer(operands)
+        plain = tuple(_OPERAND if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+        try:
+            with _torch.outside_of_modes(), torch.no_grad():
+                operands = tuple(self._value(node, constants).detach().clone() for node in nodes)
+                seen = Read(op, spec, plain, operands, (), origin, varying).answer(operands)
+                if op is _VALUES:  # in Python's own types here, where no mode sees it
+                    self.last = seen[0].tolist()
+        except RuntimeError as error:
+            if "vmap" not in str(error):
+                raise
+            raise transformed() from error
         if any(f.gradient for f in flow) and any(
             isinstance(v, torch.Tensor) and v.is_floating_point() for v in seen
         ):
@@ -218,10 +227,8 @@ class Questions:
                 f"PyTorch has no derivative of {op}", where=origin,
                 hint="detach its operand, if its result is meant to be a constant",
             )  # fmt: skip
-        if op is _VALUES:
-            self.last = seen[0]
         if any(f.values or f.sizes or f.tensors for f in flow):
-            self.reads.append(Read(op, spec, tuple(plain), operands, seen, origin, varying))
+            self.reads.append(Read(op, spec, plain, operands, seen, origin, varying))
             self.watched.append(watched)
         self._answers.update(id(v) for v in seen)
         if len(seen) == 1 and not isinstance(op._schema.returns[0].type, torch.ListType):
@@ -259,14 +266,22 @@ def _asking() -> list[Any]:
     return found
 
 
+def transformed() -> InputError:
+    """The refusal to look at values inside of a functional transform."""
+    return InputError(
+        "the structure of the model depends on the values of x, which nobody knows inside of a"
+        " functional transform (torch.func.vmap, grad, ..)",
+        hint="call it outside: it is batched by itself",
+    )
+
+
 # --- Python values ----------------------------------------------------------------------------
 
 
-def values_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The real values of a tensor of the model that is captured by now."""
+def values_of(tensor: torch.Tensor) -> Any:
+    """The real values of a tensor of the model that is captured by now, as nested lists."""
     torch.ops.fxhess.values(tensor)
-    values: torch.Tensor = _local.questions.last
-    return values
+    return _local.questions.last
 
 
 @registry.substitute(torch.Tensor.item)
@@ -282,7 +297,7 @@ def item(tensor: torch.Tensor) -> Any:
 def tolist(tensor: torch.Tensor) -> Any:
     """Likewise for all entries."""
     if not tensor.is_floating_point():
-        return values_of(tensor).tolist()
+        return values_of(tensor)
     if tensor.ndim == 0:
         return tensor.detach()
     return [tolist(entry) for entry in tensor.unbind()]
@@ -290,12 +305,32 @@ def tolist(tensor: torch.Tensor) -> Any:
 
 @registry.substitute(torch.Tensor.numpy)
 def numpy(tensor: torch.Tensor, *, force: bool = False) -> Any:
-    return values_of(tensor).numpy(force=force)
+    """An array of its own: nothing is written back into the tensor."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return np.array(values_of(tensor), dtype=dtype).reshape(tensor.shape)
 
 
 @registry.substitute(torch.Tensor.__array__)
-def array(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    return values_of(tensor).__array__(*args, **kwargs)
+def array(tensor: torch.Tensor, dtype: Any = None, copy: bool | None = None) -> Any:
+    found = numpy(tensor)
+    return found if dtype is None else found.astype(dtype)
+
+
+@registry.substitute(torch.tensor)
+def tensor(data: Any, **options: Any) -> torch.Tensor:
+    """Of tensors, as PyTorch: a constant of the derivative; but not read."""
+    leaves = tree_leaves(data) if isinstance(data, (list, tuple)) else []
+    if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
+        return torch.tensor(data, **options)
+    device = options.get("device") or next(t for t in leaves if isinstance(t, torch.Tensor)).device
+    entries = [
+        entry.detach().reshape(()) if isinstance(entry, torch.Tensor) else torch.tensor(entry)
+        if not isinstance(entry, (list, tuple)) else tensor(entry)
+        for entry in data
+    ]  # fmt: skip
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in entries))
+    rows = torch.stack([t.to(device, dtype) for t in entries])
+    return rows.to(options.get("dtype") or dtype)
 
 
 @registry.substitute(torch.Tensor.__format__)
@@ -308,5 +343,5 @@ def formatted(tensor: torch.Tensor, spec: str) -> str:
 def tensor_split(input: torch.Tensor, indices_or_sections: Any, dim: int = 0) -> Any:
     """PyTorch's own reads the indices without asking."""
     if isinstance(indices_or_sections, torch.Tensor):
-        indices_or_sections = values_of(indices_or_sections).tolist()
+        indices_or_sections = values_of(indices_or_sections)
     return torch.tensor_split(input, indices_or_sections, dim)

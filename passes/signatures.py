@@ -214,6 +214,10 @@ def mixed(bound: Bound) -> Any:
         var, names = conform(unifier, value, labels)
         event = unifier.event_names(labels)
         is_laid = isinstance(value, Laid)
+        if layouts.implied and laid and not is_laid:  # its captured form lacks the batch axes
+            sizes = [layouts.batch_size(i) for i in range(layouts.nb)]
+            var = var.expand([*sizes, *(-1 for _ in names)])
+            names = [*batch, *names]
         target = [*batch, *event] if is_laid or any(n in batch for n in names) else event
         target = [n if n in names else ("new", n) for n in target]
         if len(names) != len(target) or names != target:
