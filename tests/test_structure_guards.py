@@ -11,110 +11,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from reference import ALL, assert_close, check, randn
+from reference import ALL, assert_close, check
+from structures import (
+    Cond,
+    Edges,
+    Flag,
+    Mask,
+    Nonzero,
+    Order,
+    Repeated,
+    Scalar,
+    Selected,
+    Split,
+    TensorSplit,
+    Unique,
+    X,
+    boolean,
+    same,
+    where,
+)
 from torch import nn
 
 import fxhess
-from fxhess import CaptureError, SampleMixingError, oracle
-
-X = randn(5, 4)
-
-
-def same(hess, model, x, event_ndim=1):
-    """Compare a transform that has seen other values with the referee."""
-    got = hess(x)
-    nb = x.ndim - event_ndim
-    assert_close(got.hessian, oracle.hessian(model, x, event_ndim), what="hessian")
-    assert_close(got.gradient, oracle.gradient(model, x, event_ndim), what="gradient")
-    value = model(x)
-    assert_close(
-        got.value, value.reshape(x.shape[:nb]) if nb and value.ndim else value, what="value"
-    )
-
-
-# --- structure that depends on the model's own tensors --------------------------------------------
-
-
-class Masked(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.lin = nn.Linear(4, 1).double()
-        self.register_buffer("mask", torch.tensor([True, False, True, True]))
-        self.register_buffer("flag", torch.tensor(True))
-        self.register_buffer("sizes", torch.tensor([1, 3]))
-        self.register_buffer("index", torch.tensor([0, 2, 2, 1]))
-        self.register_buffer("counts", torch.tensor([1, 0, 2, 1]))
-        self.register_buffer("edges", torch.tensor([[0, 1, 2], [1, 2, 3]]))
-        self.register_buffer("order", torch.tensor(2))
-
-
-class Mask(Masked):
-    def forward(self, x):
-        return x[:, self.mask].exp().prod(-1)
-
-
-class Nonzero(Masked):
-    def forward(self, x):
-        return x[..., self.mask.nonzero().squeeze(-1)].sin().square().sum(-1)
-
-
-class Selected(Masked):
-    def forward(self, x):
-        return torch.masked_select(x, self.mask).reshape(len(x), -1).exp().sum(-1)
-
-
-class Flag(Masked):
-    def forward(self, x):
-        return x.exp().sum(-1) if self.flag else x.square().prod(-1)
-
-
-class Order(Masked):
-    def forward(self, x):
-        for _ in range(int(self.order)):
-            x = torch.sin(x) * x
-        return x.sum(-1)
-
-
-class Split(Masked):
-    def forward(self, x):
-        a, b = torch.split(x, self.sizes.tolist(), -1)
-        return a.exp().sum(-1) * b.cos().prod(-1)
-
-
-class TensorSplit(Masked):
-    def forward(self, x):
-        a, b = torch.tensor_split(x, self.sizes[:1], -1)
-        return a.exp().sum(-1) * b.cos().prod(-1)
-
-
-class Unique(Masked):
-    def forward(self, x):
-        values, inverse = torch.unique(self.index, return_inverse=True)
-        pooled = torch.zeros(len(x), len(values), dtype=x.dtype).index_add(1, inverse, x)
-        return pooled.sin().square().sum(-1)
-
-
-class Repeated(Masked):
-    def forward(self, x):
-        return x.repeat_interleave(self.counts, 1).exp().sum(-1) * x.sum(-1)
-
-
-class Edges(Masked):
-    def forward(self, x):
-        return sum((x[:, i] - x[:, j]).cos() for i, j in self.edges.T.tolist())
-
-
-class Scalar(Masked):
-    def forward(self, x):
-        return (x * self.lin.weight[0, 0].item()).sin().sum(-1)
-
-
-class Cond(Masked):
-    def forward(self, x):
-        return torch.cond(self.flag, lambda x: x.exp().sum(-1), lambda x: x.cos().sum(-1), (x,))
-
+from fxhess import oracle
 
 CONSTANT = {  # model, name of the buffer, what it becomes
     "mask": (Mask, "mask", torch.tensor([True, True, False, False])),
@@ -180,223 +99,6 @@ def test_torch_cond_takes_the_branch_of_a_constant():
         got = hess(X)
         assert_close(got.hessian, oracle.hessian(lambda x, f=branch: f(x).sum(-1), X))
         assert_close(got.hessian, oracle.differences(model, X), 1e-5)
-
-
-# --- structure that depends on x ------------------------------------------------------------------
-
-
-def boolean(x):
-    return x[x > 0].exp().sum()
-
-
-def rows(x):  # of every sample on its own
-    return torch.stack([s[s > 0].square().sum() * s.sum() for s in x])
-
-
-def where(x):
-    b, i = torch.where(x > 0)
-    return torch.zeros(len(x), dtype=x.dtype).index_add(0, b, x[b, i].exp()) * x[:, 0].cos()
-
-
-def selected(x):
-    return torch.masked_select(x, x.abs() < 1).cos().sum()
-
-
-def branch(x):
-    return torch.stack([s.exp().sum() if s.sum() > 0 else s.cos().prod() for s in x])
-
-
-def written(x):
-    y = x * x
-    y[x > 0] = x[x > 0] ** 3
-    return y.sum(1)
-
-
-def counted(x):  # a Python number of each sample
-    return torch.stack([(s * int((s > 0).sum())).sin().sum() for s in x])
-
-
-def steps(x):
-    def one(s):
-        return torch._higher_order_ops.while_loop(
-            lambda s: s.norm() > 1, lambda s: (0.5 * s.sin(),), (s,)
-        )[0]
-
-    return torch.stack([one(s).square().sum() for s in x])
-
-
-def unique(x):
-    each = []
-    for s in x:
-        bins, inverse = torch.unique((s > 0).long() + (s > 1).long(), return_inverse=True)
-        each.append(torch.zeros(len(bins), dtype=x.dtype).index_add(0, inverse, s).exp().sum())
-    return torch.stack(each)
-
-
-VARYING = {
-    f.__name__: f for f in (boolean, rows, where, selected, written, counted, steps, branch, unique)
-}
-
-
-@pytest.mark.parametrize("name", VARYING)
-def test_structure_of_x(name):
-    model = VARYING[name]
-    hess = fxhess.transform(model, ALL)
-    for seed in range(2):
-        x = randn(2, 4, seed=seed)
-        if name == "steps":  # not differentiable twice in PyTorch
-            got = hess(x)
-            assert_close(got.hessian, oracle.differences(model, x), 1e-5)
-        else:
-            same(hess, model, x)
-    assert "structures so far" in str(hess.explain(x))
-
-
-def energy(cutoff):
-    """Radial functions of the distances within a cutoff, summed into each atom, then a nonlinear
-    function of that (an embedded-atom potential)."""
-
-    def model(p):
-        n = p.shape[-2]
-        near = (p[:, :, None] - p[:, None]).square().sum(-1) < cutoff**2
-        b, i, j = (near & ~torch.eye(n, dtype=torch.bool)).nonzero(as_tuple=True)
-        r = (p[b, i] - p[b, j]).norm(dim=-1)
-        switch = 0.5 * (torch.cos(torch.pi * r / cutoff) + 1)
-        density = p.new_zeros(p.shape[:2]).index_put((b, i), torch.exp(-r) * switch, True)
-        pair = p.new_zeros(len(p)).index_add(0, b, switch / r)
-        return 0.5 * pair - density.tanh().sum(-1) if b.numel() else 0.0 * p.sum((1, 2))
-
-    return model
-
-
-def test_a_neighbour_list_that_moves_across_the_cutoff():
-    model = energy(1.5)
-    hess = fxhess.transform(model, ALL, event_ndim=2)
-    still = torch.tensor([[0.0, 0, 0], [1, 0.1, 0], [0, 1.1, 0.2]], dtype=torch.float64)
-    counts = set()
-    for distance in (1.2, 1.6, 2.6, 1.25):  # the fourth atom leaves one after the other
-        atom = torch.tensor([[distance, distance / 2, 0.0]], dtype=torch.float64)
-        p = torch.cat([still, atom])[None]
-        same(hess, model, p, 2)
-        counts.add(int((torch.cdist(p, p) < 1.5).sum()))
-    assert len(counts) > 2
-
-
-def test_each_sample_has_its_own_neighbours():
-    model = energy(1.3)
-    p = 0.6 * randn(4, 4, 3)
-    hess = fxhess.transform(model, ALL, event_ndim=2)
-    same(hess, model, p, 2)
-    assert len(set((torch.cdist(p, p) < 1.3).sum((1, 2)).tolist())) > 2
-    same(hess, model, p.flip(0)[:2], 2)
-    text = str(hess.explain(p))
-    assert "run as a batch" in text and "slower" not in text
-    assert "guarded" in text and "nonzero(as_tuple=True)" in text
-    result = torch.empty(4, 4, 3, 4, 3, dtype=p.dtype)
-    only = fxhess.transform(model, event_ndim=2)
-    assert only(p, out=result) is result
-    assert_close(result, hess(p).hessian)
-    assert only(p[:0]).shape == (0, 4, 3, 4, 3)
-    hess.verify(p)
-
-
-def test_two_batch_axes():
-    def model(x):
-        a, b, i = torch.where(x > 0)
-        return x.new_zeros(x.shape[:2]).index_put((a, b), x[a, b, i].exp(), accumulate=True)
-
-    same(fxhess.transform(model, ALL), model, randn(2, 2, 3))
-
-
-def test_gradients_flow_through_samples_of_several_structures():
-    scale = torch.tensor([1.0, 2.0, 0.5, 1.5], dtype=torch.float64, requires_grad=True)
-
-    def model(x):
-        b, i = torch.where(x > 0)
-        return x.new_zeros(len(x)).index_add(0, b, (scale * x).sin()[b, i])
-
-    x = X.clone().requires_grad_()
-    fxhess.transform(model)(x).square().sum().backward()
-    want = torch.diag_embed((x > 0) * -(scale**2) * (scale * x).sin())
-    expected = torch.autograd.grad(want.square().sum(), (scale, x))
-    assert_close(scale.grad, expected[0])
-    assert_close(x.grad, expected[1])
-
-
-def test_one_sample_without_batch_axes():
-    def model(x):
-        y = x[x > 0]
-        return (y.exp().sum() if y.sum() > 2 else y.prod()) * x.sum()
-
-    hess = fxhess.transform(model, ALL, event_ndim=2)
-    for seed in range(3):
-        x = randn(2, 3, seed=seed)
-        same(hess, model, x, 2)
-
-
-def test_samples_that_run_one_at_a_time():
-    def model(x):  # a matrix of each sample, with no rule for it
-        return torch.stack([torch.linalg.matrix_exp(torch.outer(s, s))[s > 0].sum() for s in x])
-
-    hess = fxhess.transform(model, ALL)
-    x = 0.5 * randn(3, 3)
-    same(hess, model, x)
-    assert "one at a time" in str(hess.explain(x))
-
-
-def shared(x):
-    return x.exp().sum(-1) if x.sum() > 0 else x.cos().sum(-1)
-
-
-def test_a_branch_that_the_batch_shares():
-    hess = fxhess.transform(shared, ALL)
-    same(hess, shared, X.abs())
-    same(hess, shared, -X.abs())
-    with pytest.raises(SampleMixingError, match=r"test_structure_guards\.py:\d+: return x\.exp"):
-        hess(torch.stack([X[0].abs(), -0.1 * X[1].abs()]))
-
-
-def test_a_number_of_python_that_is_never_the_same():
-    def model(x):
-        return x.exp().sum() * float(x.max())
-
-    hess = fxhess.transform(model, ALL, event_ndim=2)
-    with pytest.raises(CaptureError, match=r"(?s)number of Python.*float\(x\.max\(\)\).*keep it"):
-        for seed in range(20):
-            same(hess, model, randn(2, 2, seed=seed), 2)
-    other = fxhess.transform(lambda x: x.exp().sum() * x.max().item(), ALL, event_ndim=2)
-    for seed in range(20):  # a constant of the derivative, as in PyTorch, without a guard
-        other(randn(2, 2, seed=seed))
-    assert_close(other(X).hessian, oracle.hessian(model, X, 2))
-
-
-def test_many_structures_are_kept_and_warned_of():
-    hess = fxhess.transform(lambda x: x[x > 0].exp().sum())
-    with pytest.warns(fxhess.StructureWarning, match="captured 16 times"):
-        for k in range(16):
-            x = torch.where(torch.arange(16) < k, 1.0, -1.0)[None]
-            assert hess(x).diagonal(dim1=1, dim2=2).count_nonzero() == k
-
-
-# --- scan, map: loops over entries ----------------------------------------------------------------
-
-
-def scanned(x):
-    last, all_ = torch._higher_order_ops.scan(
-        lambda c, s: (c + s.sin(), c * s), x.new_zeros(len(x)), x.T.contiguous()
-    )
-    return last * all_.sum(0)
-
-
-def test_scan_and_map():
-    def plain(x):
-        before = x.sin().cumsum(-1) - x.sin()
-        return x.sin().sum(-1) * (before * x).sum(-1)
-
-    got = fxhess.transform(scanned)(X)
-    assert_close(got, oracle.hessian(plain, X))
-    mapped = fxhess.transform(lambda x: torch._higher_order_ops.map(lambda s: s.exp().prod(), x))
-    assert_close(mapped(X), oracle.hessian(lambda x: x.exp().prod(-1), X))
 
 
 # --- where it is used -----------------------------------------------------------------------------
@@ -511,12 +213,3 @@ def test_the_page_of_the_docs_runs():
     names = {}
     exec(compile(code, "structure.md", "exec"), names)
     assert names["H"].shape == (8, 5, 3, 5, 3)
-
-
-@settings(max_examples=4, deadline=None, derandomize=True)
-@given(st.integers(0, 2**31), st.integers(1, 3), st.sampled_from(["where", "rows", "written"]))
-def test_random_batches(seed, batch, name):
-    same(RANDOM[name], VARYING[name], randn(batch, 3, seed=seed))
-
-
-RANDOM = {name: fxhess.transform(VARYING[name], ALL) for name in ("where", "rows", "written")}
