@@ -335,6 +335,18 @@ def exporting() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def plain_layers() -> Iterator[None]:
+    """Inside, recurrent layers in float32 are traced as they are composed, not as one operation of
+    oneDNN's.  (The public context manager writes other settings too, and warns of them.)"""
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+
+
+@contextlib.contextmanager
 def plain_attention() -> Any:
     """Inside, attention is traced in its mathematical form, which has second derivatives; and a
     mask is used as it is: transformer stacks look at its values to see whether it is causal, which

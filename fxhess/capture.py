@@ -27,6 +27,7 @@ from fxhess.emit import ORIGIN
 from fxhess.errors import CaptureError, FxhessError, Origin
 from fxhess.functions import whole_functions
 from fxhess.guards import Structure
+from fxhess.intake import check_model, one_tensor
 from fxhess.lines import INTERNAL, calling_line, user_line
 from fxhess.reads import Questions
 from fxhess.sources import Source, exclusive
@@ -62,14 +63,8 @@ class Captured:
             self.output = self.targets[-1]
             return
         (result,) = next(n for n in self.graph_module.graph.nodes if n.op == "output").args
-        if isinstance(result, (tuple, list)) and len(result) == 1:
-            result = result[0]
         if not isinstance(result, fx.Node) or not isinstance(result.meta.get("val"), torch.Tensor):
-            kind = "several values" if isinstance(result, (tuple, list, dict)) else repr(result)
-            raise CaptureError(
-                f"the model returns {kind}, not one tensor that depends on x",
-                hint="wrap it: fxhess.transform(lambda x: model(x)[0])",
-            )
+            raise CaptureError("the model returns a tensor that does not depend on x")
         self.output = result
 
     @property
@@ -117,7 +112,9 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int, alone: int = 0) 
         CaptureError: PyTorch cannot trace the model, or it does not return one tensor.
         SampleStructureError: the structure of the program depends on values of x, which may differ
             between the samples of a batch.
+        InputError: a lazily initialized module has not seen an input.
     """
+    check_model(model)
     named = _own_tensors(model)
     names = list(named)
 
@@ -128,10 +125,10 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int, alone: int = 0) 
         with _Watch(), _marked_modules(model, open_modules):
             x = x[(None,) * alone] if alone else x
             if not names:
-                return _without(alone, model(x))
+                return _without(alone, one_tensor(model(x)))
             given = dict(zip(names, tensors, strict=True))
             result = torch.func.functional_call(model, given, (x,), tie_weights=False)
-            return _without(alone, result)
+            return _without(alone, one_tensor(result))
 
     tensors = [t.detach() for t in named.values()]
     questions = Questions([x, *tensors], lambda op: _here(op, open_modules), apart=batch_ndim > 0)
@@ -142,6 +139,8 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int, alone: int = 0) 
         _torch.plain_attention(),
         _torch.exporting(),
         _traced.unrolled(),
+        torch.compiler.set_stance("force_eager"),  # what the user compiled is traced as it was
+        _torch.plain_layers(),
         torch.enable_grad(),
         whole_functions(),
         questions.asked(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def hessian(model: Model, x: torch.Tensor, event_ndim: int = 1) -> torch.Tensor:
         function = sample_function(model, x, event_ndim)
         point = sample.clone().requires_grad_(True)
         rows = []
-        with torch.enable_grad(), plain_attention():
+        with torch.enable_grad(), plain_attention(), as_written():
             ys = function(point)
             outputs = ys.numel()
             for y in ys:
@@ -72,6 +73,12 @@ def _hessian_of(y: torch.Tensor, point: torch.Tensor) -> torch.Tensor:
         (row,) = torch.autograd.grad(entry, point, retain_graph=True, allow_unused=True)
         rows.append(torch.zeros_like(point) if row is None else row)
     return torch.stack(rows).reshape((*point.shape, *point.shape)).detach()
+
+
+def as_written() -> AbstractContextManager[None]:
+    """Functions that were compiled run as they were written: compiled ones lose their second
+    derivative."""
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
 
 
 def differences(
@@ -112,7 +119,7 @@ def gradient(model: Model, x: torch.Tensor, event_ndim: int = 1) -> torch.Tensor
     for sample in x.detach().reshape(-1, *event):
         function = sample_function(model, x, event_ndim)
         point = sample.clone().requires_grad_(True)
-        with torch.enable_grad(), plain_attention():
+        with torch.enable_grad(), plain_attention(), as_written():
             ys = function(point)
             outputs = ys.numel()
             rows = []

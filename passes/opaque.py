@@ -305,13 +305,16 @@ def _order(
         try:
             ps = torch.autograd.grad(y, xs, g, create_graph=True, allow_unused=True)
             known = [p for p in ps if p is not None and p.requires_grad]
-            if all(p is None for p in ps):
-                if "NotImplemented" in type(y.grad_fn).__name__:
-                    raise RuntimeError("it is not implemented")
-                return 0
-            if not known:
-                return 1
+            if all(p is None for p in ps) and "NotImplemented" in type(y.grad_fn).__name__:
+                raise RuntimeError("it is not implemented")
             times = "second"
+            # A derivative is linear in g, so it records a graph unless it is zero.
+            if any(p is not None and not p.requires_grad and bool(p.any()) for p in ps):
+                raise RuntimeError(
+                    "its backward records no graph (it runs under no_grad, or on detached tensors)"
+                )
+            if not known:
+                return 0
             _refuse_missing(known)
             ones = [torch.ones_like(p) for p in known]
             cs = torch.autograd.grad(known, xs, ones, allow_unused=True, retain_graph=True)

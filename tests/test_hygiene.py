@@ -29,7 +29,7 @@ LAYERS = (
     {"errors", "lines"},
     {"emit", "kinds", "triangle", "outputs", "_torch", "_traced", "_running"},
     {"store", "clock", "rates"},
-    {"functions", "closures", "collector", "oracle", "sources"},
+    {"functions", "closures", "collector", "intake", "oracle", "sources"},
     {"registry", "facts", "cost", "structure", "contraction", "arrangement"},
     {"reads", "guards", "capture"},
     {"splice", "graft", "derive", "memory", "_batched"},

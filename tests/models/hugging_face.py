@@ -1,18 +1,15 @@
-"""Hugging Face models from configurations, with random weights; none without `transformers`."""
+"""Hugging Face models from configurations, with random weights; none without `transformers`
+(extra `models`), which is imported when a model is built."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from zoo import Apply, Case
-
-try:
-    import transformers
-except ImportError:
-    transformers = None
 
 N, E = 3, 4
 SIZES = {"hidden_size": E, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 6}
@@ -37,11 +34,15 @@ def _pixels(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _bert(attention: str) -> nn.Module:
+    import transformers
+
     config = transformers.BertConfig(**SIZES, **TOKENS, attn_implementation=attention)
     return transformers.BertModel(config).eval()
 
 
 def _gpt2(attention: str) -> nn.Module:
+    import transformers
+
     config = transformers.GPT2Config(
         n_embd=E, n_layer=2, n_head=2, vocab_size=11, n_positions=8, attn_implementation=attention
     )
@@ -51,6 +52,8 @@ def _gpt2(attention: str) -> nn.Module:
 def _llama(attention: str) -> nn.Module:
     """With norms in x's precision: Llama's own convert to float32, whose rounding would hide
     errors."""
+    import transformers
+
     config = transformers.LlamaConfig(
         **{**SIZES, "hidden_size": 8, "num_attention_heads": 4}, **TOKENS,
         num_key_value_heads=2, attn_implementation=attention,
@@ -65,6 +68,8 @@ def _llama(attention: str) -> nn.Module:
 
 
 def _vit(attention: str) -> nn.Module:
+    import transformers
+
     config = transformers.ViTConfig(
         **SIZES, image_size=4, patch_size=2, num_channels=1, num_labels=3,
         attn_implementation=attention,
@@ -80,7 +85,7 @@ def _case(
 
 CASES = (
     []
-    if transformers is None
+    if importlib.util.find_spec("transformers") is None
     else [
         _case("BERT", _bert, _embedded, "sdpa", N, E),
         _case("BERT, padded", _bert, _masked, "eager", N, E),
