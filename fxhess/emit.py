@@ -56,6 +56,10 @@ class Var(_Base):
     def ndim(self) -> int:
         return self.val.ndim
 
+    def dim(self) -> int:
+        """As ``ndim``: other packages replace functions of ``torch`` by ones that ask for it."""
+        return self.val.ndim
+
     @property
     def dtype(self) -> torch.dtype:
         return self.val.dtype
