@@ -28,6 +28,7 @@ from fxhess.guards import split
 from fxhess.outputs import Given, Output, leading_axes
 from fxhess.pipeline import Options, batched, compile_guard
 from fxhess.reads import transformed
+from fxhess.sources import traced
 from fxhess.splice import agree
 
 _NOTHING = fx.GraphModule(nn.Module(), fx.Graph())  # to compute, of values of x
@@ -132,7 +133,7 @@ class Apart:
 
     def run(self, x: torch.Tensor, given: Sequence[torch.Tensor] = ()) -> list[torch.Tensor]:
         """The results, in the order of the outputs."""
-        if torch.compiler.is_compiling():
+        if traced():
             return self._traced(x, given)
         if _torch.transforming():
             raise transformed()
@@ -174,7 +175,7 @@ class Apart:
         named = dict(zip(self.options.names, results, strict=True))
         if self.summed:
             named["value"] = named["value"].sum()
-        if not torch.compiler.is_compiling():
+        if not traced():
             self._check(x, named["value"])
         return [named[name] for name in self.asked.names]
 

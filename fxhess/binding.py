@@ -21,7 +21,7 @@ from fxhess.execute import Hoisted, Runner, Running, run_whole
 from fxhess.guards import Structure
 from fxhess.pipeline import Options, Program, compile_captured, key_of
 from fxhess.reads import transformed
-from fxhess.sources import Reader, Source
+from fxhess.sources import Reader, Source, traced
 
 # Programs of one model for inputs of one shape, one for each structure seen.
 MAX_STRUCTURES = 64
@@ -76,7 +76,7 @@ class Binding:
         the call nothing can be known of values: then :meth:`run` demands it."""
         if self.guards and not _torch.conditions_hold(self.symbols, self.guards, x.shape):
             return False
-        if self.structure is None or torch.compiler.is_compiling():
+        if self.structure is None or traced():
             return True
         if self.structure.varying is not None and _torch.transforming():
             raise transformed()

@@ -9,7 +9,8 @@ import torch
 from torch import fx, nn
 
 from fxhess import _traced
-from fxhess.reads import Read
+from fxhess.errors import CaptureError
+from fxhess.reads import Read, asking
 from fxhess.sources import Reader, Source
 
 
@@ -96,6 +97,12 @@ class Guard:
         """While PyTorch traces the call: make it part of the program that the operands are those
         seen.  Otherwise it raises a RuntimeError when it runs.  ``module``: one that computes the
         operands for a batch of samples."""
+        if not torch.compiler.is_dynamo_compiling() and asking():
+            raise CaptureError(
+                "a transformed model whose structure depends on values runs inside of another one",
+                where=self.reads[0].origin,
+                hint="call it outside, or transform the model that does not contain it",
+            )
         tensors = [t.detach() for t in self.read()]
         inputs = [x.detach(), *tensors] if self.varying else tensors
         found = split((module or self.module)(*inputs), self.reads)

@@ -33,7 +33,7 @@ from fxhess.outputs import (
     parse,
 )
 from fxhess.pipeline import Options
-from fxhess.sources import tracing_elsewhere
+from fxhess.sources import traced, tracing_elsewhere
 from fxhess.verify import Verification, verify
 
 _NONE: list[Any] = []
@@ -112,7 +112,7 @@ class HessianModule(nn.Module):
         if not binding.fits(tensors):
             self._bindings.clear()  # the model was changed: trace it again
             return self.forward(x, vector=vector, metric=metric, out=out)
-        if binding.structure is not None and torch.compiler.is_compiling():
+        if binding.structure is not None and traced():
             binding.structure.demand(x)
         if out is not None:
             program = binding.program

@@ -278,6 +278,11 @@ def transformed() -> InputError:
 # --- Python values ----------------------------------------------------------------------------
 
 
+def asking() -> bool:
+    """Whether a model is captured on this thread by now."""
+    return getattr(_local, "questions", None) is not None
+
+
 def values_of(tensor: torch.Tensor) -> Any:
     """The real values of a tensor of the model that is captured by now, as nested lists."""
     torch.ops.fxhess.values(tensor)

@@ -97,3 +97,11 @@ def tracing_elsewhere() -> bool:
     While a model is captured, all threads seem to be: this waits until none is."""
     with _capturing:
         return torch.compiler.is_compiling()
+
+
+def traced() -> bool:
+    """Whether PyTorch traces this call, so that nothing can be known of values; not only that a
+    model is captured by another thread, which is waited for."""
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return torch.compiler.is_compiling() and tracing_elsewhere()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import ALL, assert_close, randn
-from structures import VARYING, X, energy, same
+from structures import VARYING, X, boolean, energy, same, where
 
 import fxhess
 from fxhess import CaptureError, SampleMixingError, oracle
@@ -116,10 +118,12 @@ def test_a_branch_that_the_batch_shares():
 
 def test_a_number_of_python_that_is_never_the_same():
     def model(x):
-        return x.exp().sum() * float(x.max())
+        return x.exp().sum() * float(x.detach().max())
 
     hess = fxhess.transform(model, ALL, event_ndim=2)
-    with pytest.raises(CaptureError, match=r"(?s)number of Python.*float\(x\.max\(\)\).*keep it"):
+    with pytest.raises(
+        CaptureError, match=r"(?s)number of Python.*float\(x\.detach\(\)\.max\(\)\).*keep it"
+    ):
         for seed in range(20):
             same(hess, model, randn(2, 2, seed=seed), 2)
     other = fxhess.transform(lambda x: x.exp().sum() * x.max().item(), ALL, event_ndim=2)
@@ -134,6 +138,32 @@ def test_many_structures_are_kept_and_warned_of():
         for k in range(16):
             x = torch.where(torch.arange(16) < k, 1.0, -1.0)[None]
             assert hess(x).diagonal(dim1=1, dim2=2).count_nonzero() == k
+
+
+def test_threads_capture_in_turn():
+    hess, wrong = fxhess.transform(where), []
+
+    def work(seed):
+        for k in range(2):
+            x = randn(2, 4, seed=10 * seed + k)
+            try:
+                assert_close(hess(x), oracle.hessian(where, x))
+            except Exception as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_one_inside_of_another():
+    inner = fxhess.transform(boolean, "gradient")
+    inner(X)
+    with pytest.raises(fxhess.FxhessError):
+        fxhess.transform(lambda x: inner(x).square().sum(-1))(X)
 
 
 # --- scan, map: loops over entries ----------------------------------------------------------------
