@@ -66,9 +66,9 @@ class Execution:
     ``prologue`` maps the model's tensors to what the body needs of them; ``body`` takes x, these
     and the results to write into.  ``leads`` and ``shapes``: sizes of each result's axes before
     and after the batch; ``per_sample``: bytes of working memory a sample needs at the peak;
-    ``hoisted``: bytes of what the prologue gives; ``flops`` and ``prologue_flops``: operations a
-    sample and the prologue take; estimates.  ``tiled``: whether samples may be run apart (no
-    random numbers).
+    ``hoisted``: bytes of what the prologue gives, and of copies of what it is made of where it is
+    worth keeping (``keeps``); ``flops``: operations a sample takes; estimates.  ``tiled``: whether
+    samples may be run apart (no random numbers).
     """
 
     prologue: fx.GraphModule
@@ -81,7 +81,7 @@ class Execution:
     per_sample: int
     hoisted: int
     flops: int
-    prologue_flops: int
+    keeps: bool
     tiled: bool
 
     def worthwhile(self, x: torch.Tensor) -> bool:
@@ -118,8 +118,13 @@ class Execution:
         nominal = next(iter(graph.nodes)).meta[VAL].shape[:batch_ndim].numel()
         inner = [n for n in body.nodes if n.op.startswith("call")]
         peak = cost.peak_bytes(inner)
-        fixed = [n for n in body.nodes if n.op == "placeholder"][1 + len(given) :]
-        kept = sum(_bytes(n) for n in fixed)
+        crossing = {n.name for n in body.nodes if n.op == "placeholder"}
+        made = [n for n in calls if n.name in crossing]
+        sources = [n for n in prologue.nodes if n.op == "placeholder"]
+        work = sum(map(cost.flops, prologue.nodes))
+        entries = sum(n.meta[VAL].numel() for n in sources)
+        keeps = work >= _WORTH_KEEPING * entries
+        held = sum(map(cost.own_bytes, made)) + (sum(map(_bytes, sources)) if keeps else 0)
         write_results(use_fast_kernels(body))
         empty = torch.nn.Module()
         return cls(
@@ -131,9 +136,9 @@ class Execution:
             batch_ndim,
             tuple(given),
             max(1, peak // max(1, nominal)),
-            kept,
+            held,
             sum(map(cost.flops, calls)) // max(1, nominal),
-            sum(map(cost.flops, prologue.nodes)),
+            keeps,
             all(is_repeatable(n) for n in calls if n.op == "call_function") and not summed,
         )
 
@@ -188,41 +193,51 @@ class Execution:
     ) -> Any:
         """What the body needs of the model's tensors.  Elsewhere than on CPUs it is made anew:
         seeing that nothing changed would mean to wait for the device."""
-        entries = sum(t.numel() for t in tensors)
-        small = self.prologue_flops < _WORTH_KEEPING * entries
-        if kept is None or small or not self.tiled or x.device.type != "cpu":
+        if kept is None or not self.keeps or not self.tiled or x.device.type != "cpu":
             return self.prologue.forward(*tensors)
         return kept.get(tensors, self.prologue.forward)
 
     def needs(self, x: torch.Tensor) -> tuple[int, int]:
         """Estimated bytes of a call: those that do not depend on the tile's size (results, what
-        the prologue gives, with copies to compare), and those of one entry of the first batch
-        axis."""
+        the prologue gives), and those of one entry of the first batch axis."""
         batch = x.shape[: self.batch_ndim]
         results = sum(
             torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.results(batch)
         )
-        return results + 2 * self.hoisted + _UNSEEN, batch[1:].numel() * self.per_sample
+        return results + self.hoisted + _UNSEEN, batch[1:].numel() * self.per_sample
+
+    def spare(self, x: torch.Tensor, fresh: bool, max_memory: int) -> int:
+        """Bytes that are left for tiles; ``fresh``: the results are still to be allocated."""
+        fixed, _ = self.needs(x)
+        return max_memory - (fixed if fresh else self.hoisted + _UNSEEN)
+
+    def fits(self, x: torch.Tensor, fresh: bool, max_memory: int) -> bool:
+        """Whether the smallest tile takes no more than ``max_memory`` leaves."""
+        return self.spare(x, fresh, max_memory) >= self._least(x)
+
+    def _least(self, x: torch.Tensor) -> int:
+        rows = x.shape[0] if self.batch_ndim else 1
+        _, one = self.needs(x)
+        return min(rows, 1 if self.tiled else rows) * one
 
     def _tile(self, x: torch.Tensor, batch: torch.Size, fresh: bool, max_memory: int | None) -> int:
         """How many entries of the first batch axis make one tile."""
         rows = batch[0] if batch else 1
         budget = cost.TILE_BYTES.get(x.device.type)
-        fixed, one = self.needs(x)
         if max_memory is not None:
-            if not fresh:
-                fixed = 2 * self.hoisted + _UNSEEN
-            spare = max_memory - fixed
-            least = one if self.tiled else rows * one
-            if spare < least and rows:
+            spare = self.spare(x, fresh, max_memory)
+            least = self._least(x)
+            if spare < least:
                 raise InputError(
                     f"max_memory={max_memory} bytes do not suffice:"
-                    f" {'the result and ' if fresh else ''}one tile take about {fixed + least}",
+                    f" {'the result and ' if fresh else ''}one tile take about"
+                    f" {max_memory - spare + least}",
                     hint="a smaller batch, out= for the result, or outputs that need less than H",
                 )
             budget = spare if budget is None else min(budget, spare)
         if budget is None or not self.tiled or rows == 0:
             return rows
+        _, one = self.needs(x)
         count = -(-rows * one // budget)  # tiles, rounded up
         return -(-rows // min(rows, max(1, count)))
 

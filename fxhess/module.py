@@ -22,7 +22,7 @@ from fxhess.checks import check_input, check_model, check_out
 from fxhess.closures import FunctionModule, as_module
 from fxhess.collector import collector_paused
 from fxhess.errors import CaptureError, InputError, SampleStructureError
-from fxhess.execute import PLAIN, Running
+from fxhess.execute import PLAIN, Execution, Running
 from fxhess.explain import Explanation
 from fxhess.outputs import (
     NOTHING_GIVEN,
@@ -33,6 +33,7 @@ from fxhess.outputs import (
     parse,
 )
 from fxhess.pipeline import Options
+from fxhess.rows import hessian_by_rows
 from fxhess.sources import traced, tracing_elsewhere
 from fxhess.verify import Verification, verify
 
@@ -66,6 +67,7 @@ class HessianModule(nn.Module):
         self._takes_vector = any(output.takes_vector for output in self.options.outputs)
         self.running = running
         self._bindings: dict[Any, list[Any]] = {}
+        self._products: list[HessianModule] = []  # in a list, so that it is no submodule
         self._lock = threading.RLock()
         self.training = self.model.training
 
@@ -115,14 +117,53 @@ class HessianModule(nn.Module):
         if binding.structure is not None and traced():
             binding.structure.demand(x)
         if out is not None:
-            program = binding.program
             self._check_out(binding, x, out)
+        if self.running.max_memory is not None and self._exceeds(binding, x, tensors, out is None):
+            return self._row_by_row(x, self.running.max_memory, out)
+        if out is not None:
+            program = binding.program
             with torch.no_grad(), _torch.as_written(x.device):
                 execution = program.execution
                 if execution is None:
                     return out.copy_(program.graph_module(x, *given, *tensors))
                 return execution(x, tensors, [out], binding.hoisted, self.running, given)[0]
         return self._named(binding.run(x, given, tensors, self.running))
+
+    def _exceeds(
+        self, binding: Binding, x: torch.Tensor, tensors: list[torch.Tensor], fresh: bool
+    ) -> bool:
+        """Whether a Hessian has to be made row by row to stay within the given memory."""
+        execution = binding.program.execution
+        limit = self.running.max_memory
+        if execution is None or limit is None or self.options.names != ("hessian",):
+            return False
+        if traced() or not execution.tiled or binding.structure is not None:
+            return False
+        wanted = fresh and torch.is_grad_enabled()
+        if wanted and (x.requires_grad or any(t.requires_grad for t in tensors)):
+            return False
+        return not execution.fits(x, fresh, limit)
+
+    def _row_by_row(self, x: torch.Tensor, limit: int, out: torch.Tensor | None) -> torch.Tensor:
+        options = self.options
+        if not self._products:
+            child = HessianModule(
+                self.model, "hvp", options.event_ndim, options.strategy, options.fallback,
+                replace(self.running, max_memory=None),
+            )  # fmt: skip
+            self._products.append(child)
+        (products,) = self._products
+
+        def prepare(x: torch.Tensor, v: torch.Tensor) -> Execution:
+            binding = products._specialized(x, v)
+            assert isinstance(binding, Binding) and binding.program.execution is not None
+            return binding.program.execution
+
+        def product(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return products(x, vector=v)  # type: ignore[no-any-return]
+
+        with torch.no_grad():
+            return hessian_by_rows(x, options.event_ndim, limit, product, prepare, out)
 
     def _given(
         self, x: torch.Tensor, vector: torch.Tensor | None, metric: torch.Tensor | None
@@ -292,6 +333,7 @@ class HessianModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
+        state["_products"] = []
         state["_bindings"] = {}  # found again in the cache, or made anew, at the next call
         del state["_lock"]
         return state

@@ -36,7 +36,7 @@ LAYERS = (
     {"passes", "rules"},
     {"kernels"},
     {"execute", "pipeline"},
-    {"cache", "explain", "verify", "calibrate", "checks"},
+    {"cache", "explain", "verify", "calibrate", "checks", "rows"},
     {"binding", "apart"},
     {"module"},
     {"api"},

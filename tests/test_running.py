@@ -234,3 +234,47 @@ def test_other_errors_in_a_tile_are_not_retried(monkeypatch):
     with pytest.raises(RuntimeError, match="something else"):
         hess(randn(3, 6))
     assert len(calls) == 1
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def _fails_to_fit(hess, x):
+    binding = next(iter(hess._bindings.values()))[0]
+    return not binding.program.execution.fits(x, True, hess.running.max_memory)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["fresh", "out"])
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("batch", [(3,), (), (2, 2)])
+def test_a_sample_that_does_not_fit_is_done_row_by_row(batch, outputs, given, monkeypatch):
+    monkeypatch.setattr(execute, "_UNSEEN", 0)
+    d = 60
+    model = frozen(d, 50, 40, outputs)
+    x = randn(*batch, d)
+    want = oracle.hessian(model, x)
+    limit = (0 if given else want.numel() * 8) + 30_000
+    hess = fxhess.transform(model, max_memory=limit)
+    out = torch.full_like(want, float("nan")) if given else None
+    got = hess(x, out=out)
+    assert _fails_to_fit(hess, x) or given
+    assert hess._products  # that way indeed
+    assert got is out or not given
+    assert_close(got, want)
+    assert torch.equal(got, got.mT)
+    assert not [name for name, _ in hess.named_modules() if "products" in name]
+    with pytest.raises(InputError, match="one row"):
+        fxhess.transform(model, max_memory=limit - 29_000)(x, out=out)
+
+
+def test_rows_of_samples_with_several_axes(monkeypatch):
+    monkeypatch.setattr(execute, "_UNSEEN", 0)
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(216, 1)).double()
+    model.requires_grad_(False)
+    x = randn(2, 1, 8, 8)
+    want = oracle.hessian(model, x, 3)
+    hess = fxhess.transform(model, event_ndim=3, max_memory=want.numel() * 8 + 60_000)
+    got = hess(x)
+    assert hess._products
+    assert_close(got, want)
+    assert torch.equal(got, got.permute(0, 4, 5, 6, 1, 2, 3))
