@@ -122,7 +122,7 @@ def test_the_compiler_itself_agrees():
 def test_too_little_memory_is_an_error_that_says_how_much_is_needed():
     model = frozen(30, 200, 1)
     hess = fxhess.transform(model, max_memory=1000)
-    with pytest.raises(InputError, match=r"max_memory=1000 .* about \d+"):
+    with pytest.raises(InputError, match=r"max_memory .* about \d+"):
         hess(randn(4, 30))
     with pytest.raises(InputError, match="counts bytes"):
         fxhess.transform(model, max_memory=0)
