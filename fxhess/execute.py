@@ -24,7 +24,8 @@ from fxhess.passes.simplify import is_repeatable
 _WORTHWHILE = 5_000_000  # operations; below, the fixed cost of this way of running shows
 _WORTH_A_CALL = 30_000  # operations a sample; below, a compiler does better with all it can see
 _WORTH_KEEPING = 8  # operations of the prologue for each entry of the tensors it depends on
-_UNSEEN = 2 << 20  # bytes that kernels use for themselves
+_UNSEEN = 6 << 20  # bytes that kernels and the allocator use for themselves
+_LOOSE = 1.5  # what a tile takes at most, against the estimate
 
 
 class Hoisted:
@@ -234,7 +235,8 @@ class Execution:
                     f" {max_memory - spare + least}",
                     hint="a smaller batch, out= for the result, or outputs that need less than H",
                 )
-            budget = spare if budget is None else min(budget, spare)
+            fitting = max(least, int(spare / _LOOSE))
+            budget = fitting if budget is None else min(budget, fitting)
         if budget is None or not self.tiled or rows == 0:
             return rows
         _, one = self.needs(x)
