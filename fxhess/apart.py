@@ -269,7 +269,15 @@ class Apart:
         """Whether the model returns one number for a batch, the sum over its samples: seen on a
         batch of two."""
         two = x.expand(*([2] * self.batch_ndim), *x.shape).clone()
-        self.summed = self._value(two).ndim == 0
+        try:
+            self.summed = self._value(two).ndim == 0
+        except Exception as error:
+            raise SampleMixingError(
+                "samples of the batch see each other, or the model was written for one batch size:"
+                f" it takes one sample, but not two ({' '.join(str(error).split())[:200]})",
+                where=self.where,
+                hint="compute each sample on its own, for a batch of any size",
+            ) from error
 
     def _value(self, x: torch.Tensor) -> torch.Tensor:
         """What the model returns; its buffers stay as they are."""

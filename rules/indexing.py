@@ -46,6 +46,8 @@ def _gather_rewrite(
     self: torch.Tensor, dim: int, index: torch.Tensor, *, sparse_grad: bool = False
 ) -> Any:
     """An index shorter than the tensor, along other axes, reads only the front of it."""
+    if any(isinstance(n, int) and n == 0 for n in index.shape):
+        return self.new_zeros(index.shape)
     if self.ndim == 0 or index.ndim == 0:
         return torch.gather(self.reshape(-1), 0, index.reshape(-1)).reshape(index.shape)
     front = fronted(self, dim, index)

@@ -197,6 +197,8 @@ def unfold(self: torch.Tensor, dimension: int, size: int, step: int) -> torch.Te
     dim = dimension % self.ndim if self.ndim else 0
     if not self.ndim:
         self = torch.unsqueeze(self, 0)
+    if size == step == 1:
+        return torch.unsqueeze(self, -1)
     count = (event_size(self.shape[dim]) - size) // step + 1
     if step == size:  # windows that do not overlap are a view
         windows = torch.narrow(self, dim, 0, count * size)
@@ -259,9 +261,12 @@ linear(aten.flip.default, Along("dims"), pull=lambda g, c: torch.flip(g, c.args[
 
 
 def _roll_rewrite(self: torch.Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Any:
-    if dims:
+    if not dims:
+        return torch.roll(self.reshape(-1), shifts, [0]).reshape(self.shape)
+    moved = [(s, d) for s, d in zip(shifts, dims, strict=True) if s]
+    if len(moved) == len(dims):
         return NotImplemented
-    return torch.roll(self.reshape(-1), shifts, [0]).reshape(self.shape)
+    return torch.roll(self, *map(list, zip(*moved, strict=True))) if moved else self.clone()
 
 
 linear(

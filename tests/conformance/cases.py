@@ -34,7 +34,8 @@ class Case:
     result a sample, or one for all.  ``alone``: of one sample of a batch, where there is such a
     function.  ``others``: x with other values, to see who depends on whom.  ``in_place``:
     what happens to a sample depends on its place in the batch, or the results have no batch axis;
-    then samples may be refused though they are independent."""
+    then samples may be refused though they are independent.  ``tolerance``: of the largest
+    entry."""
 
     label: str
     function: Function
@@ -43,6 +44,7 @@ class Case:
     alone: Function | None = None
     others: torch.Tensor | None = None
     in_place: bool = False
+    tolerance: float = 1e-8
     modules: tuple[nn.Module, ...] = ()
 
     @property
@@ -76,6 +78,8 @@ class Reduce:
         self.batch = batch
         self.rows = batch is not None and all(y.ndim and y.shape[0] == batch for y in ys)
         self.in_place = batch is not None and not self.rows and any(y.ndim for y in ys)
+        # Results of lower precision than float64 are rounded to it.
+        self.tolerance = max(1e-8, *(16 * torch.finfo(y.dtype).eps for y in ys))
         generator = torch.Generator().manual_seed(SEED)
         self.weights, self.scales, self.kept = [], [], []
         for y in ys:
@@ -125,7 +129,13 @@ def unbatched(use: Use) -> Case:
     with torch.no_grad():
         reseed()
         reduce = Reduce(use.call(use.x, None))
-    return Case(use.label, lambda x: reduce(use.call(x, None)), use.x, modules=use.modules)
+    return Case(
+        use.label,
+        lambda x: reduce(use.call(x, None)),
+        use.x,
+        tolerance=reduce.tolerance,
+        modules=use.modules,
+    )
 
 
 def batched(use: Use) -> Iterator[Case]:
@@ -155,7 +165,7 @@ def _lifted(use: Use, lift: str, rows: torch.Tensor, others: torch.Tensor) -> Ca
     label = f"{use.label}; new axis" + ("" if lift == "none" else f", {lift} operands")
     own = _fitting(alone, function, rows)
     in_place = reduce.in_place or (reduce.rows and own is None)
-    return Case(label, function, rows, True, own, others, in_place, use.modules)
+    return Case(label, function, rows, True, own, others, in_place, reduce.tolerance, use.modules)
 
 
 def _own_axis(use: Use) -> Case | None:
@@ -177,7 +187,7 @@ def _own_axis(use: Use) -> Case | None:
     others = _neighbours(use, 1, SEED + 2)[0]
     own = _fitting(alone, function, use.x)
     in_place = reduce.in_place or (reduce.rows and own is None)
-    return Case(label, function, use.x, True, own, others, in_place, use.modules)
+    return Case(label, function, use.x, True, own, others, in_place, reduce.tolerance, use.modules)
 
 
 def _fitting(alone: Function, function: Function, x: torch.Tensor) -> Function | None:

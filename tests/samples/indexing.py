@@ -62,6 +62,7 @@ def _upper(x: torch.Tensor) -> torch.Tensor:
 
 PER_SAMPLE = [
     Sample("gather at argmax", lambda x: x.gather(1, x.argmax(1, keepdim=True))),
+    Sample("gather nothing", lambda x: torch.cat([x, x.gather(1, x.argsort(1)[:, :0])], 1)),
     Sample("gather in order", lambda x: x.gather(1, x.argsort(1))),
     Sample("gather, inner axis", lambda x: x.gather(1, x.argsort(1)[:, :2]), BOX),
     Sample("gather, short", lambda x: x.gather(1, x.argsort(1)[:, :2, :3]), BOX),

@@ -200,6 +200,9 @@ UNBATCHED = [
     Sample("trace, wide", torch.trace, BOX, batch=None),
     Sample("diag", lambda x: torch.diag(x.sin(), 1), batch=None),
     Sample("block_diag", lambda x: torch.block_diag(x, x[:1].sin(), x[0]), BOX, batch=None),
+    Sample(
+        "roll by nothing", lambda x: x.sin().roll((0, 1), (0, 1)) * x.roll(0, 0), BOX, batch=None
+    ),
     Sample("roll of everything", lambda x: x.roll(2), BOX, batch=None),
     Sample("flip of everything", lambda x: x.flip((0, 1)), BOX, batch=None),
     Sample("0-d", lambda x: x.reshape(()).unsqueeze(0).squeeze(), (1,), batch=None),
