@@ -301,6 +301,14 @@ def _lift_constants(
                 "the model calls a higher-order operation, which fxhess cannot look into",
                 where=node.meta.get(ORIGIN),
             )
+        if tensor.layout != torch.strided:
+            raise CaptureError(
+                f"the model uses a tensor of its own in the layout {tensor.layout}; programs of"
+                " derivatives hold strided tensors only",
+                where=next(iter(node.users)).meta.get(ORIGIN),
+                hint="read its indices and values outside of the model, and write the product with"
+                " index_select and index_add; or use tensor.to_dense()",
+            )
         if name not in lifted:
             if paths is None:
                 paths = tensor_paths(model)

@@ -7,9 +7,30 @@ from fnmatch import fnmatchcase
 # (name, kind, reason); the first that fits counts.
 REASONS: tuple[tuple[str, str, str], ...] = (
     (
-        "nn.functional.linear_cross_entropy.chunked*",
+        "nn.functional.linear_cross_entropy.chunked_none",
         "*",
-        "PyTorch documents that the chunked loss cannot be differentiated twice",
+        "no double backward: PyTorch documents that the chunked loss has none (fxhess takes the"
+        " plain one)",
+    ),
+    ("sparse.sampled_addmm", "*", "no double backward: PyTorch fails at CSR gradients"),
+    ("nn.functional.ctc_loss", "*", "no double backward: `_ctc_loss_backward` has no derivative"),
+    ("nn.CTCLoss", "*", "no double backward: `_ctc_loss_backward` has no derivative"),
+    ("nn.MultiMarginLoss", "*", "no double backward: its backward has no derivative in PyTorch"),
+    (
+        "nn.MultiLabelMarginLoss",
+        "*",
+        "no double backward: its backward has no derivative in PyTorch",
+    ),
+    (
+        "slice_scatter",
+        "batched",
+        "rightly refused: it writes the first 20 samples of a batch, which are all of these 3",
+    ),
+    (
+        "nanmean",
+        "batched",
+        "rightly refused: one mean over all samples, by the number of entries that are no NaN in"
+        " any of them; alike only as long as there are none",
     ),
 )
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from ._pytorch import LEFT_OUT
 from .reasons import reason
 from .records import KINDS, Record
 
@@ -82,6 +83,8 @@ def page(records: Sequence[Record]) -> str:
     for name, kind, verdict, detail in exceptions(records):
         why = reason(name, kind) or f"unexplained: {detail[:200]}"
         lines.append(f"| `{name}` | {kind} | {verdict} | {_cell(why)} |")
+    for (name, label), why in LEFT_OUT.items():
+        lines.append(f"| `{name}` | {label} | left out | {_cell(why)} |")
     lines += ["", "## Where PyTorch itself is not right", ""]
     lines += ["fxhess agrees with central differences of the values, double backward does not:", ""]
     corrected = [
