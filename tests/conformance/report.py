@@ -51,7 +51,9 @@ def totals(records: Sequence[Record]) -> str:
         for kind in KINDS:
             own = [r for r in records if r.table == table]
             found = [w.verdict for r in own if (w := r.worst(kind)) if w.verdict != "no referee"]
-            rival = [r.rival(kind) for r in own]
+            rival = [
+                r.rival(kind) for r in own if (w := r.worst(kind)) and w.verdict != "no referee"
+            ]
             counts = [len(found), *(found.count(v) for v in ("right", "wrong", "refused"))]
             theirs = [rival.count(v) for v in ("right", "wrong", "fails")]
             shown = theirs if kind != "mixing" else ["", "", ""]
@@ -85,8 +87,19 @@ def page(records: Sequence[Record]) -> str:
         lines.append(f"| `{name}` | {kind} | {verdict} | {_cell(why)} |")
     for (name, label), why in LEFT_OUT.items():
         lines.append(f"| `{name}` | {label} | left out | {_cell(why)} |")
-    lines += ["", "## Where PyTorch itself is not right", ""]
-    lines += ["fxhess agrees with central differences of the values, double backward does not:", ""]
+    lines += ["", "## Where `torch.func.hessian` is not right", ""]
+    for verdict, text in (("wrong", "Another number, no error"), ("fails", "An error")):
+        names = [
+            f"`{r.name}`"
+            for r in sorted(records, key=_order)
+            if any(o.rival == verdict for o in r.outcomes)
+        ]
+        lines += [f"{text}: {', '.join(names) or 'nowhere'}.", ""]
+    lines += ["## Where double backward is not right", ""]
+    lines += [
+        "fxhess agrees with central differences of the values, PyTorch's double backward does not:",
+        "",
+    ]
     corrected = [
         f"`{r.name}`" for r in sorted(records, key=_order) if any(_corrects(o) for o in r.outcomes)
     ]
