@@ -212,7 +212,8 @@ def test_the_page_lists_what_is_not_right():
     good = Outcome("unbatched", "3", "right", rival="fails")
     bad = Outcome("batched", "4×3", "wrong", "off by 1 | 2")
     page = report.page([records.Record("op", "f", (good, bad)), records.Record("op", "g", (good,))])
-    assert report.listed(page) == {("f", "batched")}
+    assert ("f", "batched") in report.listed(page)
+    assert not any(name == "g" for name, _ in report.listed(page))
     assert "| `f` | batched | wrong | unexplained: off by 1 \\| 2 [4×3] |" in page
     assert "| operators, unbatched | 2 | 2 | 0 | 0 | 0 | 0 | 2 |" in page
     assert "| `g` | ✓ | – | – | fails / – |" in page

@@ -97,7 +97,7 @@ def page(records: Sequence[Record]) -> str:
         lines += [f"{text}: {', '.join(names) or 'nowhere'}.", ""]
     lines += ["## Where double backward is not right", ""]
     lines += [
-        "fxhess agrees with central differences of the values, PyTorch's double backward does not:",
+        "fxhess agrees with central differences of the values here, PyTorch does not:",
         "",
     ]
     corrected = [
