@@ -22,7 +22,7 @@ from fxhess.binding import Binding, bind, keep
 from fxhess.cache import programs
 from fxhess.capture import capture
 from fxhess.collector import collector_paused
-from fxhess.errors import InputError, Origin, SampleMixingError
+from fxhess.errors import CaptureError, InputError, Origin, SampleMixingError
 from fxhess.execute import Running
 from fxhess.guards import split
 from fxhess.outputs import Given, Output, leading_axes
@@ -247,7 +247,11 @@ class Apart:
 
     def _captured(self, x: torch.Tensor) -> Variant:
         nb = self.batch_ndim
-        captured = capture(self.model, x, 0, alone=nb)
+        try:
+            captured = capture(self.model, x, 0, alone=nb)
+        except CaptureError:
+            self._try_with(x, 1)
+            raise
         if not self.variants:
             self._find_sum(x)
         varying = captured.structure.varying if captured.structure is not None else None
@@ -268,13 +272,22 @@ class Apart:
     def _find_sum(self, x: torch.Tensor) -> None:
         """Whether the model returns one number for a batch, the sum over its samples: seen on a
         batch of two."""
-        two = x.expand(*([2] * self.batch_ndim), *x.shape).clone()
+        self.summed = self._try_with(x, 2).ndim == 0
+
+    def _try_with(self, x: torch.Tensor, count: int) -> torch.Tensor:
+        """What the model returns for a batch of ``count`` times x, along each batch axis.
+
+        Raises:
+            SampleMixingError: it takes no such batch.
+        """
+        batch = x.expand(*([count] * self.batch_ndim), *x.shape).clone()
         try:
-            self.summed = self._value(two).ndim == 0
+            return self._value(batch)
         except Exception as error:
+            reason = " ".join(str(error).split())[:200]
             raise SampleMixingError(
                 "samples of the batch see each other, or the model was written for one batch size:"
-                f" it takes one sample, but not two ({' '.join(str(error).split())[:200]})",
+                f" it does not take a batch of {count} ({reason})",
                 where=self.where,
                 hint="compute each sample on its own, for a batch of any size",
             ) from error
