@@ -89,14 +89,14 @@ def _chunked(x):
         return _whole(x)
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=2)
     target = torch.zeros(x.shape[0], dtype=torch.long)
-    return F.linear_cross_entropy(x, WEIGHT, target, reduction="sum", options=options)
+    return F.linear_cross_entropy(x, ROWS, target, reduction="sum", options=options)
 
 
 def _whole(x):
-    return F.cross_entropy(x @ WEIGHT.T, torch.zeros(x.shape[0], dtype=torch.long), reduction="sum")
+    return F.cross_entropy(x @ ROWS.T, torch.zeros(x.shape[0], dtype=torch.long), reduction="sum")
 
 
-WEIGHT = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(3, 4)
+ROWS = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(3, 4)
 
 SAMPLES = [
     Sample("linear_cross_entropy, chunked", _chunked, (5, 4), batch=None, reference=_whole),
