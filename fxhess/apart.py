@@ -126,7 +126,7 @@ class Apart:
         self.generation = programs.generation
         self.variants: list[Variant] = []
         self.batch_ndim = x.ndim - options.event_ndim
-        self.summed = False
+        self.summed = self.averaged = False
         self._lock = threading.RLock()
 
     # --- running --------------------------------------------------------------------------------
@@ -173,6 +173,9 @@ class Apart:
 
     def _finish(self, x: torch.Tensor, results: list[torch.Tensor]) -> list[torch.Tensor]:
         named = dict(zip(self.options.names, results, strict=True))
+        if self.averaged:
+            n = max(1, x.shape[: self.batch_ndim].numel())
+            named = {name: result / n for name, result in named.items()}
         if self.summed:
             named["value"] = named["value"].sum()
         if not traced():
@@ -270,9 +273,13 @@ class Apart:
         return variant
 
     def _find_sum(self, x: torch.Tensor) -> None:
-        """Whether the model returns one number for a batch, the sum over its samples: seen on a
-        batch of two."""
-        self.summed = self._try_with(x, 2).ndim == 0
+        """Whether the model returns one number for a batch, the sum or the mean over its samples:
+        seen on a batch of equal ones."""
+        two = self._try_with(x, 2)
+        self.summed = two.ndim == 0
+        if self.summed and self.batch_ndim:
+            one = self._try_with(x, 1)
+            self.averaged = agree(two, one) and not agree(two, 2**self.batch_ndim * one)
 
     def _try_with(self, x: torch.Tensor, count: int) -> torch.Tensor:
         """What the model returns for a batch of ``count`` times x, along each batch axis.

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import ALL, assert_close, randn
 from structures import VARYING, X, boolean, energy, same, where
+from torch.nn import functional as F
 
 import fxhess
 from fxhess import CaptureError, SampleMixingError, oracle
@@ -194,3 +195,18 @@ def test_random_batches(seed, batch, name):
 
 
 RANDOM = {name: fxhess.transform(VARYING[name], ALL) for name in ("where", "rows", "written")}
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_a_sum_or_a_mean_over_the_batch(reduction):
+    """PyTorch's loss looks at the values of its variances, so samples are looked at alone."""
+
+    def loss(x):
+        return F.gaussian_nll_loss(x.sin(), x.cos(), x.square() + 1, reduction=reduction)
+
+    x = randn(5, 3)
+    got = fxhess.transform(loss, ALL)(x)
+    whole = torch.autograd.functional.hessian(loss, x)
+    assert_close(got.hessian, torch.stack([whole[i, :, i] for i in range(5)]))
+    assert_close(got.gradient, torch.func.grad(loss)(x))
+    assert_close(got.value, loss(x))
