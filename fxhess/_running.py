@@ -6,12 +6,17 @@ variable); without them the public ``F.linear`` and ``torch.compile`` do the sam
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from fxhess.outputs import Given
+
+_TRIALS = 3
+_CLEARLY = 0.9  # the plain way has to be faster than this share of the compiled one's time
 
 
 def _find_onednn_linear() -> Callable[..., torch.Tensor] | None:
@@ -61,6 +66,37 @@ def compiled(
         return fast(x, *rest)
 
     return run
+
+
+def faster(compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """The faster of two ways to do the same, which may be done again: tried at the first call, on
+    its own arguments."""
+    chosen: Callable[..., Any] | None = None
+
+    def run(*args: Any) -> Any:
+        nonlocal chosen
+        if chosen is not None:
+            return chosen(*args)
+        result = compiled(*args)  # compiles
+        times = {compiled: math.inf, plain: math.inf}
+        for _ in range(_TRIALS):
+            for way in times:
+                times[way] = min(times[way], _seconds(way, args))
+        chosen = plain if times[plain] < _CLEARLY * times[compiled] else compiled
+        return result
+
+    return run
+
+
+def _seconds(way: Callable[..., Any], args: Sequence[Any]) -> float:
+    on_gpu = any(isinstance(a, torch.Tensor) and a.is_cuda for a in args)
+    if on_gpu:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    way(*args)
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -91,6 +91,21 @@ def _flat_product_like(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor
     return rows.new_empty((*rows.shape[:-1], matrix.shape[-1]))
 
 
+torch.library.define(
+    "fxhess::transposed_convolution",
+    "(Tensor g, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation,"
+    " bool transposed, SymInt[] extra, SymInt groups) -> Tensor",
+)
+torch.library.impl(
+    "fxhess::transposed_convolution", "CompositeExplicitAutograd", transposed_convolution
+)
+
+
+@torch.library.register_fake("fxhess::transposed_convolution")
+def _transposed_convolution_like(*args: Any) -> torch.Tensor:
+    return torch.convolution(*args)
+
+
 def for_compiler(graph: fx.Graph) -> fx.Graph:
     """A copy for compiling: kernels that PyTorch's compiler does not know as operators of their
     own where they win over its own choice, and tiny products as sums, which it fuses."""
@@ -100,7 +115,7 @@ def for_compiler(graph: fx.Graph) -> fx.Graph:
             large = node.args[1].meta[VAL].numel() >= _LARGE_MATRIX
             node.target = torch.ops.fxhess.flat_product.default if large else torch.matmul
         elif node.target is transposed_convolution:
-            node.target = torch.convolution
+            node.target = torch.ops.fxhess.transposed_convolution.default
     return copy
 
 

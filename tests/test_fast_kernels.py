@@ -54,3 +54,15 @@ def test_convolutional_networks_in_tiles(dtype, channels):
     hess = fxhess.transform(model, event_ndim=3, max_memory=1 << 28)
     want = oracle.hessian(oracle.double(model), x.double(), 3)
     assert_close(hess(x).double(), want, 1e-9 if dtype == torch.float64 else 1e-4)
+
+
+def test_kernels_of_their_own_in_compiled_programs():
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(36, 64), nn.Tanh(),
+        nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1),
+    ).requires_grad_(False)  # fmt: skip
+    x = torch.randn(3, 1, 8, 8)
+    with torch.no_grad():
+        got = fxhess.transform(model, event_ndim=3, compile=True, max_memory=1 << 28)(x)
+    want = oracle.hessian(oracle.double(model), x.double(), 3)
+    assert_close(got.double(), want, 1e-5)
