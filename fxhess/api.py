@@ -43,7 +43,8 @@ def transform(
         event_ndim: how many trailing axes of x make one sample.
         example: specialize now for inputs like this one (any batch size), not at the first call.
         strategy: how the terms of the Hessian end: ``"auto"`` (by cost), ``"close"`` (all
-            contracted at x) or ``"rebase"`` (piece by piece at every narrow place).
+            contracted at x), ``"pull"`` (all carried back to x) or ``"rebase"`` (piece by piece at
+            every narrow place).
         fallback: what to do where the derivatives of an operation without a rule cannot be written
             as plain operations: ``"allow"`` takes them by autograd at every call, exact but slower
             (``explain`` says where), ``"error"`` refuses.

@@ -216,7 +216,8 @@ class Execution:
 
     def fits(self, x: torch.Tensor, fresh: bool, max_memory: int) -> bool:
         """Whether the smallest tile takes no more than ``max_memory`` leaves."""
-        return self.spare(x, fresh, max_memory) >= self._least(x)
+        least = self._least(x)
+        return least == 0 or self.spare(x, fresh, max_memory) >= least
 
     def _least(self, x: torch.Tensor) -> int:
         rows = x.shape[0] if self.batch_ndim else 1
@@ -230,7 +231,7 @@ class Execution:
         if max_memory is not None:
             spare = self.spare(x, fresh, max_memory)
             least = self._least(x)
-            if spare < least:
+            if not self.fits(x, fresh, max_memory):
                 raise InputError(
                     f"max_memory={max_memory} bytes do not suffice:"
                     f" {'the result and ' if fresh else ''}one tile take about"

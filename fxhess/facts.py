@@ -73,6 +73,19 @@ def fact(node: fx.Node) -> Fact | None:
     return node.meta.get(FACT)
 
 
+def known_fact(node: fx.Node) -> Fact:
+    """The fact of a node that is known to depend on x."""
+    known = fact(node)
+    assert known is not None, node
+    return known
+
+
+def operands(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The tensor operands that the node's kind speaks of; none where it does not depend on x."""
+    known = fact(node)
+    return known.operands if known is not None else ()
+
+
 def is_active(node: fx.Node) -> bool:
     """Whether a derivative with respect to x flows through the node's value."""
     known = fact(node)
@@ -80,9 +93,7 @@ def is_active(node: fx.Node) -> bool:
 
 
 def set_active(node: fx.Node, active: bool) -> None:
-    known = fact(node)
-    assert known is not None
-    node.meta[FACT] = replace(known, active=active)
+    node.meta[FACT] = replace(known_fact(node), active=active)
 
 
 def dataflow(nodes: Sequence[fx.Node]) -> nx.DiGraph[fx.Node]:

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from fxhess.emit import VAL
-from fxhess.facts import Canonical, Fact, fact, is_active
+from fxhess.facts import Canonical, Fact, fact, is_active, known_fact, operands
 from fxhess.kinds import Call, Elementwise, Label, Linear, Multilinear, Smooth
 from fxhess.passes.forms import labelled
 from fxhess.passes.singular import safe_point
@@ -52,7 +52,7 @@ class Choices:
         for node in reversed(nodes[nodes.index(first) :]):
             if node not in levels:
                 continue
-            for i, operand in enumerate(_operands(node)):
+            for i, operand in enumerate(operands(node)):
                 if fact(operand) is None or (is_active(operand) and not is_active(node)):
                     continue  # a constant, or no derivative flows this way
                 level = self._through(node, i, levels[node])
@@ -62,7 +62,7 @@ class Choices:
 
     def _through(self, node: fx.Node, i: int, level: torch.Tensor) -> torch.Tensor:
         """Levels of operand i, of the node's uses alone."""
-        known = _fact(node)
+        known = known_fact(node)
         kind = known.kind
         event = self.canonical.event(known.operands[i])
         if isinstance(kind, Linear) and not kind.fold:
@@ -184,14 +184,3 @@ def _point(node: fx.Node) -> tuple[float, ...] | None:
     if not isinstance(known.kind, Elementwise):
         return None
     return safe_point(known, tuple(map(is_active, known.operands)))
-
-
-def _fact(node: fx.Node) -> Fact:
-    known = fact(node)
-    assert known is not None
-    return known
-
-
-def _operands(node: fx.Node) -> tuple[fx.Node, ...]:
-    known = fact(node)
-    return known.operands if known is not None else ()

@@ -74,8 +74,8 @@ def differentiate(
 
 
 def planned(outputs: Sequence[Output]) -> list[Output]:
-    """The outputs that need a plan: what is read off the Hessian, where that is wanted too, and a
-    Laplacian off the diagonal, need none."""
+    """The outputs that need a plan: what is read off the Hessian, where that is wanted too, needs
+    none, nor do products with vectors, of which all terms are pulled."""
     second = [output for output in outputs if output.order == 2]
     whole = [output for output in second if output.name == "hessian"]
     return whole or [output for output in second if output.name != "hvp"]
@@ -328,4 +328,4 @@ class _Writer:
         return torch.movedim(result, -1, 0) if direction(self.draft).basis else result[..., 0]
 
 
-__all__ = ["VAL", "Derivative", "Piece", "Term", "differentiate", "planned", "start_of"]
+__all__ = ["Derivative", "differentiate", "planned", "start_of"]

@@ -16,7 +16,7 @@ from torch import fx
 from fxhess.contraction import Factor, contract, evaluate
 from fxhess.emit import ORIGIN, VAL, Emitter, Var
 from fxhess.errors import SampleMixingError
-from fxhess.facts import Canonical, Fact, fact, is_active
+from fxhess.facts import Canonical, is_active, known_fact, operands
 from fxhess.kinds import Label, is_curved
 from fxhess.passes.curvature import Curvature, Moved, curvature
 from fxhess.passes.forms import Forms
@@ -213,7 +213,7 @@ class Draft:
         half = Half(self._basis(start), self.outputs, part=start.part)
         terms: list[tuple[fx.Node, str, Curvature | Moved]] = []
         for node in nodes:
-            if is_curved(_fact(node).kind) and node in self.adjoints:
+            if is_curved(known_fact(node).kind) and node in self.adjoints:
                 terms += [(node, "close", term) for term in self._curvature(node)]
         if following is not None and later is not None:
             carried = self.halves.later_terms(following, later)
@@ -256,7 +256,7 @@ class Draft:
         terms = [
             (node, term)
             for node in nodes
-            if is_curved(_fact(node).kind) and node in self.adjoints
+            if is_curved(known_fact(node).kind) and node in self.adjoints
             for term in self._curvature(node)
         ]
         needed = {term.i for _, term in terms} | {term.j for _, term in terms}
@@ -332,7 +332,7 @@ class Draft:
             if node in needed and node not in tangents:
                 self._check_summed(node)
                 with self.emitter.at(node.meta.get(ORIGIN), "tangent"):
-                    parts = [tangents.get(o) for o in _fact(node).operands]
+                    parts = [tangents.get(o) for o in known_fact(node).operands]
                     tangents[node] = self.forms.push(node, parts)
         return tangents
 
@@ -346,11 +346,5 @@ class Draft:
             )
 
 
-def _fact(node: fx.Node) -> Fact:
-    known = fact(node)
-    assert known is not None
-    return known
-
-
 def _active_operands(node: fx.Node) -> list[fx.Node]:
-    return [o for o in _fact(node).operands if is_active(o)]
+    return [o for o in operands(node) if is_active(o)]

@@ -26,7 +26,7 @@ from torch import fx
 
 from fxhess.contraction import contract
 from fxhess.emit import ORIGIN, VAL, Var
-from fxhess.facts import Canonical, Fact, fact, is_active
+from fxhess.facts import Canonical, fact, is_active, known_fact, operands
 from fxhess.kinds import Call, Elementwise, Label, Linear, Multilinear, Smooth
 from fxhess.passes.choice import Choices, is_linear, is_piecewise_linear, passed
 from fxhess.passes.forms import Forms
@@ -61,7 +61,7 @@ class _Writer:
         self.nb = canonical.batch_ndim
         self.users: dict[fx.Node, list[tuple[fx.Node, int]]] = {}
         for node in canonical.nodes():
-            for i, operand in enumerate(_operands(node)):
+            for i, operand in enumerate(operands(node)):
                 if node in choices.reaching and (is_active(node) or not is_active(operand)):
                     self.users.setdefault(operand, []).append((node, i))
         self.masks: dict[fx.Node, Var | None] = {}
@@ -85,7 +85,7 @@ class _Writer:
         output; None where all is live."""
         wanted = set(self.choices.guarded)
         for node in self.canonical.nodes():
-            if node in self.choices.chosen and any(o in wanted for o in _operands(node)):
+            if node in self.choices.chosen and any(o in wanted for o in operands(node)):
                 wanted.add(node)
         for node in reversed(list(self.canonical.nodes())):
             if node in wanted:
@@ -103,7 +103,7 @@ class _Writer:
 
     def _through(self, node: fx.Node, i: int, mask: Var | None) -> Var | None:
         """The entries of operand i that the live ones of the node are made of; None for all."""
-        kind = _fact(node).kind
+        kind = known_fact(node).kind
         if isinstance(kind, Linear) and not kind.fold:
             weights = self._weights(node)
             g = weights if mask is None else weights * mask.to(weights.dtype)
@@ -128,7 +128,7 @@ class _Writer:
 
     def _spread(self, node: fx.Node, i: int, mask: Var) -> Var | None:
         """A mask of the node's entries as one of operand i's: live where any of its uses is."""
-        known = _fact(node)
+        known = known_fact(node)
         output: list[Label]
         if isinstance(known.kind, (Elementwise, Multilinear)):
             inputs, output, _ = self.raw.labelled(node)
@@ -154,7 +154,7 @@ class _Writer:
 
     def _guard(self, node: fx.Node) -> None:
         """An operation that is singular itself, at harmless arguments where it is not live."""
-        known = _fact(node)
+        known = known_fact(node)
         mask = self.masks[node]
         replaced: dict[fx.Node, Any] = {}
         given = self._given(node) if self._decides(node) else {}
@@ -180,7 +180,7 @@ class _Writer:
         if fact(node) is None or not self._decides(node):
             self.values[node] = self.write(node, self._value)
             return
-        if any(fact(n) is not None and n not in _operands(node) for n in node.all_input_nodes):
+        if any(fact(n) is not None and n not in operands(node) for n in node.all_input_nodes):
             self.calls[node] = self.raw.call(node)  # one of several results: no operation to repeat
             self.values[node] = self._masked(self.masks.get(node), self.raw.values[node], 0.0)
             return
@@ -191,7 +191,7 @@ class _Writer:
         """Operands of an operation that decides by their values: the true ones where they are not
         chosen, as constants."""
         given = {}
-        for i, operand in enumerate(_operands(node)):
+        for i, operand in enumerate(operands(node)):
             if operand in self.values:
                 own = self._through(node, i, self.masks.get(node))
                 true = self.raw.values[operand].detach()
@@ -202,7 +202,7 @@ class _Writer:
         def lookup(n: fx.Node) -> Any:
             return replaced[n] if n in replaced else self._value(n)
 
-        known = _fact(node)
+        known = known_fact(node)
         self.values[node] = self.write(node, lookup) if y is None else y
         self.calls[node] = Call(
             fx.node.map_arg(known.args, lookup),  # type: ignore[arg-type]
@@ -228,20 +228,9 @@ class _Writer:
 
     def _decides(self, node: fx.Node) -> bool:
         """Whether the values of its operands decide what the operation leaves out."""
-        known = _fact(node)
+        known = known_fact(node)
         if isinstance(known.kind, Linear):
             return known.kind.push is not None and not is_linear(self.canonical, known)
         return isinstance(known.kind, Elementwise) and any(
             is_piecewise_linear(known.kind, i) for i in range(len(known.kind.first))
         )
-
-
-def _fact(node: fx.Node) -> Fact:
-    known = fact(node)
-    assert known is not None
-    return known
-
-
-def _operands(node: fx.Node) -> tuple[fx.Node, ...]:
-    known = fact(node)
-    return known.operands if known is not None else ()

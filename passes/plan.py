@@ -23,7 +23,7 @@ from torch import fx
 from fxhess.cost import total
 from fxhess.emit import VAL
 from fxhess.errors import InputError
-from fxhess.facts import Canonical, dataflow, fact
+from fxhess.facts import Canonical, dataflow, known_fact
 from fxhess.kinds import is_curved
 from fxhess.outputs import Output
 from fxhess.passes.differentiate import start_of
@@ -80,7 +80,7 @@ def plan(
 
 def has_curvature(canonical: Canonical) -> bool:
     """Whether any active operation is curved."""
-    return any(is_curved(_kind(n)) for n in dataflow(list(canonical.nodes())))
+    return any(is_curved(known_fact(n).kind) for n in dataflow(list(canonical.nodes())))
 
 
 def candidates(canonical: Canonical) -> list[fx.Node]:
@@ -99,7 +99,7 @@ def candidates(canonical: Canonical) -> list[fx.Node]:
         node = parent[node]
     chain.reverse()
     order = {n: i for i, n in enumerate(canonical.nodes())}
-    curved = sorted(order[n] for n in graph if is_curved(_kind(n)))
+    curved = sorted(order[n] for n in graph if is_curved(known_fact(n).kind))
     best: dict[int, fx.Node] = {}
     for node in chain:
         before = bisect.bisect_right(curved, order[node])
@@ -109,12 +109,6 @@ def candidates(canonical: Canonical) -> list[fx.Node]:
         if before not in best or size <= math.prod(canonical.event(best[before])):
             best[before] = node
     return [best[k] for k in sorted(best)]
-
-
-def _kind(node: fx.Node):  # type: ignore[no-untyped-def]
-    known = fact(node)
-    assert known is not None
-    return known.kind
 
 
 @dataclass

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from fxhess import _batched, _torch
+from fxhess._traced import ancestors
 from fxhess.capture import Captured
 from fxhess.emit import ORIGIN
 from fxhess.errors import FxhessError, Origin, UnsupportedOpError
@@ -37,7 +38,7 @@ class Region:
     @classmethod
     def of(cls, nodes: Sequence[fx.Node], captured: Captured) -> Region:
         inside = set(nodes)
-        needed = _reach([captured.output], lambda n: n.all_input_nodes)
+        needed = ancestors(captured.output)
         inputs = dict.fromkeys(
             operand
             for node in nodes
@@ -195,7 +196,7 @@ def _ancestors(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     """What the nodes need, and they themselves, in order."""
     if not nodes:
         return []
-    needed = _reach(nodes, lambda n: n.all_input_nodes)
+    needed = ancestors(*nodes)
     return [n for n in nodes[0].graph.nodes if n in needed]
 
 

@@ -128,6 +128,11 @@ def test_too_little_memory_is_an_error_that_says_how_much_is_needed():
         fxhess.transform(model, max_memory=0)
 
 
+def test_an_empty_batch_needs_no_memory():
+    model = frozen(5, 8, 1)
+    assert fxhess.transform(model, max_memory=1 << 20)(randn(0, 5)).shape == (0, 5, 5)
+
+
 def test_memory_for_gradients_is_refused_not_exceeded():
     hess = fxhess.transform(mlp(30, 64, 64, 1), max_memory=16_000_000)
     x = randn(500, 30)
@@ -181,7 +186,6 @@ _MEASURE = """
 
 @pytest.mark.parametrize("limit", [36 << 20, 64 << 20])
 def test_a_call_stays_within_its_memory(limit):
-    pytest.importorskip("psutil")
     command = [sys.executable, "-c", textwrap.dedent(_MEASURE), str(limit)]
     taken, result = map(int, subprocess.check_output(command, text=True).split())
     assert result < taken <= limit

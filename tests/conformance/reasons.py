@@ -22,12 +22,6 @@ REASONS: tuple[tuple[str, str, str], ...] = (
         "no double backward: its backward has no derivative in PyTorch",
     ),
     (
-        "*[gG]aussian*[nN][lL][lL]*oss",
-        "batched",
-        "refused: its test of the variances looks at values, such models are run one sample at a"
-        " time, and a mean over the batch is no sum of single samples (a sum is, and is right)",
-    ),
-    (
         "linalg.householder_product",
         "mixing",
         "refused, under another name (`UnsupportedOpError`): it takes no other batch size to be"
