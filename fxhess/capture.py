@@ -33,7 +33,7 @@ from fxhess.reads import Questions
 from fxhess.sources import Source, exclusive
 
 # Notes on traced nodes, from which Origin is made.
-_OP, _LINE, _PATH = "operator", "line", "module path"
+_OP, _CALL, _LINE, _PATH = "operator", "call", "line", "module path"
 
 
 @dataclass
@@ -265,8 +265,9 @@ def _located(
             where = _here(str(op), open_modules)
             raise type(error)(error.what, where=where, hint=error.hint) from error
         if result is not NotImplemented:
+            call = object()
             for node in _torch.nodes_since(before):
-                node.meta[_OP] = str(op)
+                node.meta[_OP], node.meta[_CALL] = str(op), call
         return result
 
     return run
@@ -278,10 +279,12 @@ def _here(op: str, open_modules: list[tuple[str, fx.Node | None]]) -> Origin:
 
 
 def _record_origins(graph: fx.Graph) -> None:
-    for node in graph.nodes:
+    steps: dict[object, int] = {}
+    for i, node in enumerate(graph.nodes):
         line = node.meta.get(_LINE) or user_line(node.meta.get("stack_trace") or "")
         name = node.meta.get(_OP, str(node.target))
-        node.meta[ORIGIN] = Origin(name, node.meta.get(_PATH, ""), line)
+        step = steps.setdefault(node.meta.get(_CALL, node), i)
+        node.meta[ORIGIN] = Origin(name, node.meta.get(_PATH, ""), line, step)
 
 
 def _lift_constants(

@@ -22,11 +22,11 @@ def seconds_of(call: Callable[[], object], device: torch.device, repeats: int = 
             stop.record()
             stop.synchronize()
             return start.elapsed_time(stop) / 1e3 / repeats
-    _wait(device)
+    synchronize(device)
     begin = time.perf_counter()
     for _ in range(repeats):
         call()
-    _wait(device)
+    synchronize(device)
     return (time.perf_counter() - begin) / repeats
 
 
@@ -41,6 +41,7 @@ def median_seconds(call: Callable[[], object], device: torch.device, budget: flo
     return statistics.median(times)
 
 
-def _wait(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for all work on the device."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -11,11 +11,14 @@ class Origin:
 
     ``op`` is the operator's name (``aten.tanh.default``), ``module`` the dotted path of the
     module that called it (empty for a plain function), ``line`` the user's own source line.
+    ``step`` is the same for all that became of one operation of the model: the position of its
+    first node in the captured graph; x has 0.
     """
 
     op: str
     module: str = ""
     line: str = ""
+    step: int = field(default=-1, compare=False, repr=False)
 
     def __str__(self) -> str:
         parts = [f"op {self.op}"]

@@ -4,6 +4,7 @@ a given memory, each tile writing into its rows of one preallocated result."""
 from __future__ import annotations
 
 import itertools
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -218,6 +219,14 @@ class Execution:
         """Whether the smallest tile takes no more than ``max_memory`` leaves."""
         least = self._least(x)
         return least == 0 or self.spare(x, fresh, max_memory) >= least
+
+    def tiles(self, x: torch.Tensor, max_memory: int | None = None) -> int:
+        """In how many slices of the batch a call with a fresh result runs."""
+        batch = x.shape[: self.batch_ndim]
+        if not self.fits(x, True, max_memory or sys.maxsize):
+            return batch[0] if batch else 1
+        rows = batch[0] if batch else 1
+        return -(-rows // max(1, self._tile(x, batch, True, max_memory)))
 
     def _least(self, x: torch.Tensor) -> int:
         rows = x.shape[0] if self.batch_ndim else 1

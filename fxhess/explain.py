@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
-from fxhess import cost
-from fxhess.clock import median_seconds
+from fxhess import _torch, cost
+from fxhess.clock import median_seconds, synchronize
 from fxhess.emit import ORIGIN, ROLE, VAL, VARIES, Emitter, Var
 from fxhess.errors import InputError
-from fxhess.rates import rates_for
+from fxhess.execute import PLAIN, Running
+from fxhess.rates import Rates, rates_for
+from fxhess.steps import Step
 
 if TYPE_CHECKING:
     from fxhess.pipeline import Options, Program
 
 
 _MEASURING = 0.3  # seconds that runs for a measured time may take
+_ROUNDS = 5  # at most, of runs operation by operation
 _PRODUCTS = ("matmul", "mm", "bmm", "linear", "convolution")
 
 
@@ -38,14 +44,35 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Explanation:
-    """The plan for inputs of one shape; ``str()`` is a table for a terminal.
+class Operation:
+    """One operation of the model: what became of it, and what that costs for this batch.
 
-    ``contractions``: name, purpose, shapes and operations of each matrix product; ``flops``:
-    operations in all, ``arithmetic``: those of the matrix products that every call runs (what
-    depends on weights alone is kept); ``predicted``: seconds of a call by the device's rates;
-    ``measured``: the median of a few calls without autograd, None where it takes too much of
-    the device's memory, or more than ``max_memory``.
+    ``predicted`` and ``measured``: seconds of all that it became in the program (measured one by
+    one, the whole batch at once; None where that takes too much memory); ``flops``; ``bytes``: what
+    it writes; ``hoisted``: how many of its ``step.nodes`` depend on weights alone and are not run
+    again.
+    """
+
+    step: Step
+    predicted: float
+    measured: float | None
+    flops: int
+    bytes: int
+    hoisted: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The plan for inputs of one shape.
+
+    ``str()`` is a table for a terminal, :meth:`write_html` a page to look at; a notebook shows a
+    picture.  ``steps``: the operations of the model; ``contractions``: name, purpose, shapes and
+    operations of each matrix product; ``flops``: operations in all, ``arithmetic``: those of the
+    matrix products that every call runs (what depends on weights alone is kept); ``predicted``:
+    seconds of a call by the device's rates; ``measured``: the median of a few calls without
+    autograd, None where it takes too much of the device's memory, or more than ``max_memory``;
+    ``tiles``: slices of the batch that such a call runs in; ``kept_bytes``: what depends on weights
+    alone.
     """
 
     shape: tuple[int, ...]
@@ -62,6 +89,9 @@ class Explanation:
     predicted: float
     measured: float | None
     notes: tuple[str, ...]
+    steps: tuple[Operation, ...] = ()
+    tiles: int = 1
+    kept_bytes: int = 0
 
     @classmethod
     def of(
@@ -71,9 +101,11 @@ class Explanation:
         options: Options,
         run: Callable[[torch.Tensor], object],
         structure: Sequence[str] = (),
+        inputs: Sequence[torch.Tensor] = (),
+        running: Running = PLAIN,
     ) -> Explanation:
         """Read the plan off a program, and time ``run(x)``; ``structure``: notes on what it was
-        told of values."""
+        told of values; ``inputs``: what the program takes besides x."""
         rows = tuple(
             Row(
                 origin.op.removeprefix("aten.") if origin else "",
@@ -107,6 +139,11 @@ class Explanation:
         (results,) = next(n for n in program.graph_module.graph.nodes if n.op == "output").args
         names = [n.name for n in (results if isinstance(results, tuple) else (results,))]  # type: ignore[union-attr]
         written = sum(_bytes(n.meta[VAL]) for n in nodes if n.name in names)
+        peak = cost.peak_bytes(nodes)
+        room = min(_room(x.device), running.max_memory or math.inf)
+        seconds = _profile(program.graph_module, [x, *inputs]) if peak < room else None
+        execution = program.execution
+        tiled = execution is not None and execution.worthwhile(x)
         return cls(
             shape=tuple(x.shape),
             outputs=options.names,
@@ -118,10 +155,13 @@ class Explanation:
             operations=len(nodes),
             flops=sum(map(cost.flops, nodes)),
             arithmetic=sum(cost.flops(n) for n in products if n.meta.get(VARIES, True)),
-            peak_bytes=cost.peak_bytes(nodes),
+            peak_bytes=peak,
             predicted=cost.total(nodes, rates_for(x.device, x.dtype)),
             measured=_measured(run, x) if written < _room(x.device) else None,
             notes=tuple(notes),
+            steps=tuple(_operations(program.steps, nodes, rates_for(x.device, x.dtype), seconds)),
+            tiles=execution.tiles(x, running.max_memory) if execution is not None and tiled else 1,
+            kept_bytes=execution.hoisted if execution is not None and tiled else 0,
         )
 
     def __str__(self) -> str:
@@ -138,6 +178,7 @@ class Explanation:
             f" {_si(self.peak_bytes)}B at the peak",
             f"{self.predicted * 1e3:.3g} ms predicted, {measured}",
             f"tangents start at: {bases}",
+            *self._running(),
             "",
         ]
         if self.rows:
@@ -157,6 +198,11 @@ class Explanation:
 
     __repr__ = __str__
 
+    def _running(self) -> list[str]:
+        """How a call without autograd runs."""
+        kept = f", {_si(self.kept_bytes)}B that depend on weights alone" if self.kept_bytes else ""
+        return [f"runs in {self.tiles} tiles of the batch{kept}"] if self.tiles > 1 or kept else []
+
 
 def _at(graph: fx.Graph, x: torch.Tensor) -> fx.Graph:
     """The program with stand-ins of x's own batch size."""
@@ -175,10 +221,71 @@ def _at(graph: fx.Graph, x: torch.Tensor) -> fx.Graph:
     return emitter.graph
 
 
+def _operations(
+    steps: Sequence[Step],
+    nodes: Sequence[fx.Node],
+    rates: Rates,
+    seconds: Mapping[str, float] | None,
+) -> Iterator[Operation]:
+    by_name = {node.name: node for node in nodes}
+    for step in steps:
+        own = [by_name[name] for name in step.nodes if name in by_name]
+        each = [n for n in own if n.meta.get(VARIES, True)]  # what a call computes anew
+        yield Operation(
+            step,
+            cost.total(own, rates),
+            None if seconds is None else sum(seconds.get(n.name, 0.0) for n in each),
+            sum(map(cost.flops, own)),
+            sum(map(cost.own_bytes, own)),
+            len(own) - len(each),
+        )
+
+
+class _Stopwatch(fx.Interpreter):
+    """Runs a program operation by operation; ``seconds``: the shortest time of each so far."""
+
+    def __init__(self, module: fx.GraphModule, device: torch.device) -> None:
+        super().__init__(module)
+        self.seconds: dict[str, float] = {}
+        self._device = device
+
+    def run_node(self, n: fx.Node) -> Any:
+        if not n.op.startswith("call"):
+            return super().run_node(n)
+        synchronize(self._device)
+        start = time.perf_counter()
+        result = super().run_node(n)
+        synchronize(self._device)
+        taken = time.perf_counter() - start
+        self.seconds[n.name] = min(taken, self.seconds.get(n.name, math.inf))
+        return result
+
+
+def _profile(module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> dict[str, float] | None:
+    """Seconds of each operation of the plain program, by name."""
+    x = inputs[0]
+    stopwatch = _Stopwatch(module, x.device)
+    start = time.perf_counter()
+    with torch.no_grad(), _torch.as_written(x.device), _random_kept(x):
+        try:
+            for _ in range(_ROUNDS):
+                stopwatch.run(*[t.detach() for t in inputs])
+                if time.perf_counter() - start > _MEASURING:
+                    break
+        except torch.OutOfMemoryError:
+            return None
+    return stopwatch.seconds
+
+
+def _random_kept(x: torch.Tensor) -> AbstractContextManager[None]:
+    """The state of the random numbers stays as it is."""
+    return torch.random.fork_rng([x.device] if x.is_cuda else [])
+
+
 def _measured(run: Callable[[torch.Tensor], object], x: torch.Tensor) -> float | None:
     """Seconds of a call without autograd; the state of the random numbers stays as it is."""
     x = x.detach()
-    with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
+    with torch.no_grad(), _random_kept(x):
         try:
             return median_seconds(lambda: run(x), x.device, _MEASURING)
         except (torch.OutOfMemoryError, InputError):  # the device's memory, or a limit on it

@@ -30,7 +30,8 @@ class Fact:
     becomes, or None where positions along it are mixed; ``operator``, ``args``, ``kwargs``: the
     operation's own, canonical, as rule functions see them; ``mixed``: how many trailing axes a
     rule with ``fold`` needs behind its one leading axis; ``active``: whether a derivative with
-    respect to x flows through.
+    respect to x flows through; ``derived``: whether ``kind`` is no rule but PyTorch's own
+    derivatives, traced.
     """
 
     kind: Kind
@@ -41,6 +42,7 @@ class Fact:
     mixed: int = 0
     operator: Callable[..., Any] | None = None
     active: bool = False
+    derived: bool = False
 
 
 @dataclass

@@ -313,9 +313,12 @@ class HessianModule(nn.Module):
         if isinstance(found, Apart):
             notes += found.notes()
             shown = found.shown(x)
+        vector = torch.zeros_like(shown) if self._takes_vector else None
+        _, given = self._given(shown, vector, None)
         return Explanation.of(
-            binding.program, shown, self.options, lambda _: self._called(x), notes
-        )
+            binding.program, shown, self.options, lambda _: self._called(x), notes,
+            [*given, *binding.read()], self.running,
+        )  # fmt: skip
 
     def _called(self, x: torch.Tensor) -> Any:
         return self(x, vector=torch.zeros_like(x)) if self._takes_vector else self(x)

@@ -29,6 +29,7 @@ from fxhess.outputs import Given, Output, leading_axes
 from fxhess.passes.activity import mark_activity
 from fxhess.passes.canonicalize import canonical_values, canonicalize
 from fxhess.passes.check import check_canonical, check_graph
+from fxhess.passes.describe import describe
 from fxhess.passes.differentiate import differentiate, planned
 from fxhess.passes.draft import Draft, Term
 from fxhess.passes.fuse import fuse, fusible
@@ -38,6 +39,7 @@ from fxhess.passes.simplify import simplify
 from fxhess.rates import rates_for
 from fxhess.registry import version
 from fxhess.splice import slow_nodes
+from fxhess.steps import Step
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Program:
     given: tuple[Given, ...] = ()
     leads: tuple[tuple[int, ...], ...] = ((),)
     notes: tuple[str, ...] = ()
+    steps: tuple[Step, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
     @cached_property
@@ -223,6 +226,7 @@ def compile_captured(captured: Captured, x: torch.Tensor, options: Options) -> P
         options.given,
         tuple(leading_axes(options.outputs, options.given)),
         (*slow_nodes(module.graph), *_lost(derivative.losses)),
+        describe(canonical, derivative, module.graph),
         clock.marks,
     )
     _ = program.fused  # made now: a compiler that traces a call must find it ready

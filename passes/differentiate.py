@@ -29,7 +29,7 @@ tangents start from these (``v^T H v``), or all terms are pulled (``H v``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,13 +47,16 @@ from fxhess.structure import Structured
 
 @dataclass
 class Derivative:
-    """The graph with its results by name, how each term ended, and where tangents lost structure
-    (the operation, and the size of the axis)."""
+    """The graph with its results by name, how each term ended, where tangents lost structure (the
+    operation, and the size of the axis), adjoints by value, and tangents by base and start, by
+    value."""
 
     graph: fx.Graph
     results: dict[str, Var]
     terms: list[Term]
     losses: list[tuple[Origin | None, int]]
+    adjoints: Mapping[fx.Node, Structured]
+    tangents: Mapping[tuple[fx.Node, Hashable], Mapping[fx.Node, Structured]]
 
 
 def differentiate(
@@ -70,7 +73,10 @@ def differentiate(
         draft.reverse()
     writer = _Writer(draft, plans)
     results = {output.name: writer.typed(writer.write(output)) for output in outputs}
-    return Derivative(draft.emitter.graph, results, draft.terms, draft.algebra.losses)
+    return Derivative(
+        draft.emitter.graph, results, draft.terms, draft.algebra.losses, draft.adjoints,
+        draft.tangents_of,
+    )  # fmt: skip
 
 
 def planned(outputs: Sequence[Output]) -> list[Output]:

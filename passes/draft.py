@@ -76,7 +76,8 @@ class Draft:
         self.terms: list[Term] = []
         # What pieces have in common, written once: a planner tries many of them.
         self._curvatures: dict[fx.Node, list[Curvature | Moved]] = {}
-        self._tangents_of: dict[Hashable, dict[fx.Node, Structured]] = {}  # by start, by value
+        # By base and start, by value.
+        self.tangents_of: dict[tuple[fx.Node, Hashable], dict[fx.Node, Structured]] = {}
         self._parts: dict[Hashable, Structured | tuple[Pattern, Half]] = {}
         self._sizes: dict[int, Var] = {}
         self.given: dict[str, Var] = {}
@@ -327,7 +328,7 @@ class Draft:
         for node in reversed(nodes):
             if node in needed:
                 needed.update(_active_operands(node))
-        tangents = self._tangents_of.setdefault((base, key), {base: start})
+        tangents = self.tangents_of.setdefault((base, key), {base: start})
         for node in nodes:
             if node in needed and node not in tangents:
                 self._check_summed(node)

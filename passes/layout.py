@@ -120,6 +120,7 @@ class Layouts:
         kwargs: Mapping[str, Any] | None = None,
         mixed: int = 0,
         operator: Any = None,
+        derived: bool = False,
     ) -> Var:
         """Attach the fact that differentiation reads; ``args`` are the node's own by default."""
         nodes: Any = fx.node.map_aggregate(
@@ -134,6 +135,7 @@ class Layouts:
             nodes[1],
             mixed,
             operator or var.node.target,
+            derived=derived,
         )
         var.node.meta[ORIGIN] = self.origin
         return var

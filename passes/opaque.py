@@ -248,7 +248,7 @@ class Opaque:
                 layouts.annotate(var, kind, [], [])
             else:
                 axes = [(None,) * len(derivation.operand(i).event) for i in range(len(operands))]
-                layouts.annotate(var, kind, operands, axes, args)
+                layouts.annotate(var, kind, operands, axes, args, derived=True)
             groups = tuple(
                 tuple(Atom(n) if b is None else Atom(0, b) for b, n in group)
                 for group in arrangement.groups

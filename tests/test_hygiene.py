@@ -27,7 +27,7 @@ EVERYTHING = SOURCES + sorted(
 # for all modules of these packages.
 LAYERS = (
     {"errors", "lines"},
-    {"emit", "kinds", "triangle", "outputs", "_torch", "_traced", "_running"},
+    {"emit", "kinds", "triangle", "outputs", "steps", "_torch", "_traced", "_running"},
     {"store", "clock", "rates"},
     {"functions", "closures", "collector", "intake", "oracle", "sources"},
     {"registry", "facts", "cost", "structure", "contraction", "arrangement"},
