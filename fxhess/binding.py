@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from fxhess.execute import Hoisted, Runner, Running, run_whole
 from fxhess.guards import Structure
 from fxhess.pipeline import Options, Program, compile_captured, key_of
 from fxhess.reads import transformed
+from fxhess.repeat import Repeat
 from fxhess.sources import Reader, Source, traced
 
 # Programs of one model for inputs of one shape, one for each structure seen.
@@ -108,11 +110,7 @@ class Binding:
             with _torch.as_written(x.device):
                 return self.run(x, given, tensors, running)
         program = self.program
-        wanted = torch.is_grad_enabled() and (
-            x.requires_grad
-            or any(t.requires_grad for t in tensors)
-            or any(t.requires_grad for t in given)
-        )
+        wanted = _wanted([x, *given, *tensors])
         if torch.compiler.is_compiling():
             runner = self.runner
             whole = wanted or runner is None or not runner.execution.worth_a_call
@@ -130,8 +128,33 @@ class Binding:
             and (running.max_memory is not None or execution.worthwhile(x))
         ):
             return execution(x, tensors, None, self.hoisted, running, given)
-        module = program.compiled if running.compile else program.graph_module
-        return run_whole(module, x, given, tensors)
+        if running.compile:
+            return run_whole(program.compiled if wanted else program.direct, x, given, tensors)
+        return run_whole(program.graph_module, x, given, tensors)
+
+    def repeat(
+        self, model: nn.Module, x: torch.Tensor, tensors: list[torch.Tensor], running: Running
+    ) -> Repeat | None:
+        """How to run the same again where :meth:`run` takes the plain program as it is; None where
+        it does not."""
+        plain = type(x) in (torch.Tensor, nn.Parameter) and not _torch.transforming()
+        plain = plain and not _torch.autocasting(x.device) and not _wanted([x, *tensors])
+        if not plain or not self.unconditional or running.max_memory is not None:
+            return None
+        program = self.program
+        limit = sys.maxsize
+        if program.execution is not None:
+            event = x.shape[program.batch_ndim :].numel()
+            limit = program.execution.most_samples_whole * event
+        if x.numel() > limit:
+            return None
+        run = program.direct if running.compile else program.graph_module.forward
+        return Repeat.of(model, self.read, run, [x, *tensors], program.batch_ndim, limit)
+
+
+def _wanted(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether gradients are wanted."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def bind(model: nn.Module, captured: Captured, x: torch.Tensor, options: Options) -> Binding:

@@ -88,7 +88,12 @@ class Execution:
 
     def worthwhile(self, x: torch.Tensor) -> bool:
         """Whether the work is large enough for its fixed cost, a few more microseconds."""
-        return x.shape[: self.batch_ndim].numel() * self.flops >= _WORTHWHILE
+        return x.shape[: self.batch_ndim].numel() > self.most_samples_whole
+
+    @cached_property
+    def most_samples_whole(self) -> int:
+        """How many samples at most are not worth it."""
+        return (_WORTHWHILE - 1) // max(1, self.flops)
 
     @property
     def worth_a_call(self) -> bool:

@@ -33,6 +33,7 @@ from fxhess.outputs import (
     parse,
 )
 from fxhess.pipeline import Options
+from fxhess.repeat import Repeat
 from fxhess.rows import hessian_by_rows
 from fxhess.sources import traced, tracing_elsewhere
 from fxhess.verify import Verification, verify
@@ -69,6 +70,8 @@ class HessianModule(nn.Module):
         self._bindings: dict[Any, list[Any]] = {}
         self._products: list[HessianModule] = []  # in a list, so that it is no submodule
         self._lock = threading.RLock()
+        self._last: Repeat | None = None
+        self._follows = isinstance(self.model, FunctionModule)
         self.training = self.model.training
 
     # --- calling --------------------------------------------------------------------------------
@@ -99,6 +102,14 @@ class HessianModule(nn.Module):
             CaptureError, SampleMixingError, UnsupportedOpError: at the first call for a shape,
                 dtype, device and mode: see :func:`fxhess.transform`.
         """
+        if torch.compiler.is_compiling():
+            pass  # below, everything is looked at by name: that is what a compiler can prove
+        elif self._last is not None and vector is None and metric is None and out is None:
+            if self._follows:
+                self.model.refresh()  # type: ignore[operator]
+            results = self._last.call(x)
+            if results is not None:
+                return self._named(results)
         described, given = NOTHING_GIVEN
         if vector is not None or metric is not None or self._takes_vector:
             described, given = self._given(x, vector, metric)
@@ -127,7 +138,10 @@ class HessianModule(nn.Module):
                 if execution is None:
                     return out.copy_(program.graph_module(x, *given, *tensors))
                 return execution(x, tensors, [out], binding.hoisted, self.running, given)[0]
-        return self._named(binding.run(x, given, tensors, self.running))
+        results = binding.run(x, given, tensors, self.running)
+        if not given and not torch.compiler.is_compiling():
+            self._last = binding.repeat(self.model, x, tensors, self.running)
+        return self._named(results)
 
     def _exceeds(
         self, binding: Binding, x: torch.Tensor, tensors: list[torch.Tensor], fresh: bool
@@ -172,7 +186,7 @@ class HessianModule(nn.Module):
         check_input(x, n)
         return given_for(self.options.outputs, x, n, vector, metric)
 
-    def _named(self, results: list[Any]) -> Any:
+    def _named(self, results: Sequence[Any]) -> Any:
         return results[0] if self.single else result_type(self.options.names)(*results)
 
     def _check_out(self, binding: Binding, x: torch.Tensor, out: torch.Tensor) -> None:
@@ -213,8 +227,8 @@ class HessianModule(nn.Module):
     def _find(self, x: torch.Tensor, given: tuple[Given, ...] = ()) -> Binding | Apart | None:
         if not isinstance(x, torch.Tensor):
             return None
-        if isinstance(self.model, FunctionModule) and not torch.compiler.is_compiling():
-            self.model.refresh()
+        if self._follows and not torch.compiler.is_compiling():
+            self.model.refresh()  # type: ignore[operator]
         known = self._bindings.get(self._key(x, given), _NONE)
         for binding in known:
             if binding.generation == programs.generation and (
@@ -337,6 +351,7 @@ class HessianModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state["_products"] = []
+        state["_last"] = None
         state["_bindings"] = {}  # found again in the cache, or made anew, at the next call
         del state["_lock"]
         return state

@@ -18,6 +18,7 @@ from torch import fx
 
 import fxhess.rules  # noqa: F401  (fills the registry)
 from fxhess import cost
+from fxhess._direct import Direct
 from fxhess._running import compiled
 from fxhess.capture import Captured
 from fxhess.emit import VAL
@@ -115,6 +116,13 @@ class Program:
     def compiled(self) -> Callable[..., Any]:
         """The whole program, compiled at its first call."""
         return compiled(self.fused, self.batch_ndim, self.given)
+
+    @cached_property
+    def direct(self) -> Callable[..., Any]:
+        """The same for calls without autograd, at less cost a call where that is possible."""
+        if self.given:
+            return self.compiled
+        return Direct(self.fused, self.batch_ndim, lambda *args: self.compiled(*args))
 
 
 def key_of(captured: Captured, x: torch.Tensor, options: Options) -> str:

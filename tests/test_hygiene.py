@@ -27,7 +27,7 @@ EVERYTHING = SOURCES + sorted(
 # for all modules of these packages.
 LAYERS = (
     {"errors", "lines"},
-    {"emit", "kinds", "triangle", "outputs", "steps", "_torch", "_traced", "_running"},
+    {"emit", "kinds", "triangle", "outputs", "steps", "_torch", "_traced", "_running", "_direct"},
     {"store", "clock", "rates"},
     {"functions", "closures", "collector", "intake", "oracle", "sources"},
     {"registry", "facts", "cost", "structure", "contraction", "arrangement"},
@@ -37,6 +37,7 @@ LAYERS = (
     {"kernels"},
     {"execute", "pipeline"},
     {"cache", "explain", "verify", "calibrate", "checks", "rows"},
+    {"repeat"},
     {"binding", "apart"},
     {"module"},
     {"api"},
