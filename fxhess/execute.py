@@ -90,7 +90,7 @@ class Execution:
         """Whether the work is large enough for its fixed cost, a few more microseconds."""
         return x.shape[: self.batch_ndim].numel() > self.most_samples_whole
 
-    @cached_property
+    @property
     def most_samples_whole(self) -> int:
         """How many samples at most are not worth it."""
         return (_WORTHWHILE - 1) // max(1, self.flops)
