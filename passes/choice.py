@@ -75,14 +75,14 @@ class Choices:
             inputs, output, _ = labelled(self.canonical, node)
             return _spread(level, output, inputs[i], event)
         output = [("e", k) for k in range(level.ndim)]
-        return _spread(level, output, passed(known, i), event)
+        return _spread(level, output, moved(known.axes[i]), event)
 
     def _pulled(self, known: Fact, i: int, level: torch.Tensor) -> torch.Tensor:
         """Through a linear operation of its operands alone: tried on numbers."""
         kind = known.kind
         assert isinstance(kind, Linear)
         event = self.canonical.event(known.operands[i])
-        call = _call(self.canonical, known)
+        call = tried(self.canonical, known)
         if call is None:  # it wants more than numbers
             return torch.zeros(event)
         found = torch.zeros(event)
@@ -115,9 +115,9 @@ def _spread(
     return level.expand(tuple(event))
 
 
-def passed(known: Fact, i: int) -> list[Label]:
-    """Labels of the axes of operand i, where ``("e", k)`` are those of the result."""
-    return [("x", e) if o is None else ("e", o) for e, o in enumerate(known.axes[i])]
+def moved(axes: Sequence[int | None]) -> list[Label]:
+    """Labels of the axes of an operand, where ``("e", k)`` are those of the result."""
+    return [("x", e) if o is None else ("e", o) for e, o in enumerate(axes)]
 
 
 def is_piecewise_linear(kind: Elementwise, i: int) -> bool:
@@ -128,23 +128,25 @@ def is_piecewise_linear(kind: Elementwise, i: int) -> bool:
 def is_linear(canonical: Canonical, known: Fact) -> bool:
     """Whether a linear operation is so whatever its operands are, not piece by piece as a maximum
     is: tried on numbers."""
-    first, second = (_call(canonical, known, seed) for seed in (0, 1))
+    first, second = (tried(canonical, known, seed) for seed in (0, 1))
     if first is None or second is None:
         return False
     both = dict(zip(known.operands, map(torch.add, first.operands, second.operands), strict=True))
-    total = _call(canonical, known, 0, both)  # type: ignore[arg-type]
+    total = tried(canonical, known, 0, both)  # type: ignore[arg-type]
     return total is not None and torch.allclose(total.y, first.y + second.y)  # type: ignore[operator]
 
 
-def _call(
+def tried(
     canonical: Canonical,
     known: Fact,
     seed: int = 0,
     given: dict[fx.Node, torch.Tensor] | None = None,
+    position: int = 0,
 ) -> Call | None:
-    """The operation on random operands of one sample, the first of several positions wherever it
-    takes a position; None where it does not run on such."""
+    """The operation on random operands of one sample, and one position wherever it takes a
+    position (or a condition); None where it does not run on such."""
     generator = torch.Generator().manual_seed(seed)
+    batch = canonical.x.meta[VAL].shape[: canonical.batch_ndim]
     made: dict[fx.Node, Any] = dict(given or {})
 
     def numbers(node: fx.Node) -> Any:
@@ -152,13 +154,15 @@ def _call(
             value = node.meta[VAL]
             if not isinstance(value, torch.Tensor):
                 return value
-            nb = canonical.batch_ndim if fact(node) else 0
-            shape = [1] * nb + list(value.shape[nb:])
+            shape = list(value.shape)
+            for axis, size in enumerate(batch):
+                if fact(node) or shape[axis : axis + 1] == [size]:  # constants may have batch axes
+                    shape[axis] = 1
             if value.dtype.is_floating_point or value.dtype.is_complex:
                 made[node] = torch.randn(shape, generator=generator).to(value.dtype)
                 made[node] = made[node].to(torch.promote_types(value.dtype, torch.float64))
             else:
-                made[node] = torch.zeros(shape, dtype=value.dtype)
+                made[node] = torch.full(shape, position, dtype=value.dtype)
         return made[node]
 
     try:

@@ -22,6 +22,7 @@ from fxhess.passes.curvature import Curvature, Moved, curvature
 from fxhess.passes.forms import Forms
 from fxhess.passes.guard import guard
 from fxhess.passes.halves import FULL, Half, Halves, Part, Pattern
+from fxhess.passes.shelter import shelter
 from fxhess.structure import Algebra, Structured
 
 
@@ -112,13 +113,16 @@ class Draft:
         return self.emitter.create_proxy(node.op, node.target, args, kwargs)  # type: ignore[arg-type]
 
     def _guarded(self) -> Forms:
-        """First forms at harmless values of what is not chosen."""
-        raw = Forms(self.canonical, self.algebra, self.values)
-        values, calls = guard(self.canonical, raw, self._write)
-        if not values:
-            return raw
-        self.values = {**self.values, **values}
-        return Forms(self.canonical, self.algebra, self.values, calls)
+        """First forms at harmless values of what is not chosen, or does not depend on x."""
+        forms = Forms(self.canonical, self.algebra, self.values)
+        values, calls = guard(self.canonical, forms, self._write)
+        if values:
+            self.values = {**self.values, **values}
+            forms = Forms(self.canonical, self.algebra, self.values, calls)
+        sheltered = shelter(self.canonical, forms, self._write)
+        if not sheltered:
+            return forms
+        return Forms(self.canonical, self.algebra, self.values, {**calls, **sheltered})
 
     def _evaluate(
         self,

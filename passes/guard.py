@@ -17,22 +17,20 @@ ones (``relu``, ``clamp``) leave of positive numbers; products and curved operat
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxhess.contraction import contract
 from fxhess.emit import ORIGIN, VAL, Var
 from fxhess.facts import Canonical, fact, is_active, known_fact, operands
-from fxhess.kinds import Call, Elementwise, Label, Linear, Multilinear, Smooth
-from fxhess.passes.choice import Choices, is_linear, is_piecewise_linear, passed
+from fxhess.kinds import Call, Elementwise, Linear, Smooth
+from fxhess.passes.choice import Choices, is_linear, is_piecewise_linear
 from fxhess.passes.forms import Forms
+from fxhess.passes.harmless import Harmless
 
 Write = Callable[[fx.Node, Callable[[fx.Node], Any]], Any]
-_GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 are all different
 
 
 def guard(
@@ -59,6 +57,7 @@ class _Writer:
         self.choices = choices
         self.emitter = raw.emitter
         self.nb = canonical.batch_ndim
+        self.harmless = Harmless(canonical, self.emitter)
         self.users: dict[fx.Node, list[tuple[fx.Node, int]]] = {}
         for node in canonical.nodes():
             for i, operand in enumerate(operands(node)):
@@ -105,7 +104,7 @@ class _Writer:
         """The entries of operand i that the live ones of the node are made of; None for all."""
         kind = known_fact(node).kind
         if isinstance(kind, Linear) and not kind.fold:
-            weights = self._weights(node)
+            weights = self.harmless.weights(node)
             g = weights if mask is None else weights * mask.to(weights.dtype)
             parts = kind.pull(g, self.raw.call(node))
             part = parts[i] if isinstance(parts, (tuple, list)) else parts
@@ -115,37 +114,7 @@ class _Writer:
             if isinstance(slope, Var):
                 chosen: Any = slope != 0
                 mask = chosen if mask is None else mask & chosen
-        return None if mask is None else self._spread(node, i, mask)
-
-    def _weights(self, node: fx.Node) -> Var:
-        """Positive numbers that do not cancel in whatever is added up of them."""
-        event = self.canonical.event(node)
-        ramp: Any = self.emitter.call(
-            torch.arange, math.prod(event), dtype=torch.float64, device=self.canonical.device
-        )
-        weights = (1 + torch.remainder(ramp * _GOLDEN, 1)).to(node.meta[VAL].dtype)
-        return weights.reshape([1] * self.nb + list(event))  # type: ignore[return-value]
-
-    def _spread(self, node: fx.Node, i: int, mask: Var) -> Var | None:
-        """A mask of the node's entries as one of operand i's: live where any of its uses is."""
-        known = known_fact(node)
-        output: list[Label]
-        if isinstance(known.kind, (Elementwise, Multilinear)):
-            inputs, output, _ = self.raw.labelled(node)
-            target = inputs[i]
-        else:
-            output = [("e", k) for k in range(len(self.canonical.event(node)))]
-            target = passed(known, i)
-        if len(set(target)) != len(target):
-            return None
-        target = [*(self.raw.batch() if fact(known.operands[i]) else ()), *target]
-        labels = [*self.raw.batch(), *output]
-        labels = labels[len(labels) - mask.ndim :]
-        if labels == target:
-            return mask
-        weights = mask.to(self.raw.algebra.like.dtype)
-        count = contract(self.emitter, [(weights, labels)], target, None, self.raw.batch_size)
-        return count > 0  # type: ignore[return-value, operator]
+        return None if mask is None else self.harmless.spread(self.raw, node, i, mask)
 
     # --- harmless values --------------------------------------------------------------------------
 
@@ -164,8 +133,8 @@ class _Writer:
             if not (dtype.is_floating_point or dtype.is_complex):
                 replaced[operand] = value
             elif isinstance(known.kind, Smooth):
-                own = self._spread(node, i, mask) if mask is not None else None
-                replaced[operand] = self._masked(own, value, self._regular(operand))
+                own = self.harmless.spread(self.raw, node, i, mask) if mask is not None else None
+                replaced[operand] = self._masked(own, value, self.harmless.regular(operand))
             else:
                 replaced[operand] = self._masked(mask, value, self.choices.guarded[node][i])
         if isinstance(known.kind, Smooth):  # made of several operations
@@ -210,18 +179,6 @@ class _Writer:
             tuple(map(lookup, known.operands)),
             self.values[node],
         )
-
-    def _regular(self, operand: fx.Node) -> Var:
-        """An entry far from where functions of matrices and of vectors are singular: a matrix has
-        the eigenvalues 1, 2, .. n."""
-        event = self.canonical.event(operand)
-        if len(event) < 2 or event[-1] != event[-2]:
-            return self._weights(operand)
-        ramp: Any = self.emitter.call(
-            torch.arange, 1, event[-1] + 1, dtype=operand.meta[VAL].dtype,
-            device=self.canonical.device,
-        )  # fmt: skip
-        return torch.diag(ramp)  # type: ignore[return-value]
 
     def _masked(self, mask: Var | None, value: Any, other: Any) -> Any:
         return value if mask is None else torch.where(mask, value, other)  # type: ignore[arg-type]

@@ -8,7 +8,8 @@ finite, if there are others at which they are not::
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import math
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -20,26 +21,58 @@ from fxhess.kinds import Elementwise
 
 # Poles, ends of domains and kinks lie at small numbers; 1000 overflows what grows exponentially.
 # In the order in which they are preferred as harmless.
-_TRIED = (0.5, 2.0, 1.5, -0.5, -1.5, 3.0, 1.0, -1.0, 0.0, -2.0, -3.0, 1e3, -1e3)
+_TRIED = (0.5, 2.0, 1.5, -0.5, -1.5, 3.0, 1.0, -1.0, 0.0, -2.0, -3.0)
+_LARGE = (1e3, -1e3)
+_INFINITE = (math.inf, -math.inf)
 _known: dict[Hashable, tuple[float, ...] | None] = {}
 
 
 def safe_point(known: Fact, active: tuple[bool, ...]) -> tuple[float, ...] | None:
     """A harmless value for each operand, or None: the operation is finite everywhere, or cannot be
     tried."""
+    return _cached(known, active, False)
+
+
+def constant_point(known: Fact, active: tuple[bool, ...]) -> tuple[float, ...] | None:
+    """The same for arguments that are constants, which are put in by hand: small numbers, or
+    infinite ones where the value is finite there."""
+    return _cached(known, active, True)
+
+
+def _cached(known: Fact, active: tuple[bool, ...], constants: bool) -> tuple[float, ...] | None:
     plain = fx.node.map_arg((known.args, dict(known.kwargs)), lambda n: None)
-    key = (known.operator, repr(plain), active)
+    key = (known.operator, repr(plain), active, constants)
     if key not in _known:
-        _known[key] = _try(known, active)
+        _known[key] = _try(known, active, constants)
     return _known[key]
 
 
-def _try(known: Fact, active: tuple[bool, ...]) -> tuple[float, ...] | None:
+def finite_at(known: Fact, numbers: Sequence[float]) -> bool:
+    """Whether an operation of one operand has finite derivatives at all these numbers."""
+    points = torch.tensor(list(numbers), dtype=torch.float64)[:, None]
+    finite = _finite(known, (True,), points, True) if len(known.operands) == 1 else None
+    return finite is not None and bool(finite.all())
+
+
+def _try(known: Fact, active: tuple[bool, ...], constants: bool) -> tuple[float, ...] | None:
+    k = len(known.operands)
+    numbers = (*_TRIED, *(_INFINITE if constants else _LARGE))
+    grids = torch.cartesian_prod(*[torch.arange(len(numbers))] * k).reshape(-1, k)
+    points = torch.tensor(numbers, dtype=torch.float64)[grids]
+    finite = _finite(known, active, points, constants)
+    if finite is None or finite.all() or not finite.any():
+        return None
+    best = int(finite.nonzero()[0])
+    return tuple(points[best].tolist())
+
+
+def _finite(
+    known: Fact, active: tuple[bool, ...], points: torch.Tensor, constants: bool
+) -> torch.Tensor | None:
+    """At which of the points ``[n, operands]`` value and derivatives are finite; of constants the
+    derivatives, and where an infinite one gives no finite value there is nothing to keep finite."""
     kind = known.kind
     assert isinstance(kind, Elementwise) and known.operator is not None
-    k = len(known.operands)
-    grids = torch.cartesian_prod(*[torch.arange(len(_TRIED))] * k).reshape(-1, k)
-    points = torch.tensor(_TRIED, dtype=torch.float64)[grids]
     made = {node: _like(points[:, i], node) for i, node in enumerate(known.operands)}
 
     def stand_in(node: fx.Node) -> Any:
@@ -59,12 +92,11 @@ def _try(known: Fact, active: tuple[bool, ...]) -> tuple[float, ...] | None:
                 values.append(second(y, *args, **kwargs) if callable(second) else second)
     except Exception:  # it takes more than numbers (or has no derivative at all)
         return None
-    for value in values:
+    for value in values[1:] if constants else values:
         finite &= torch.isfinite(torch.as_tensor(value))
-    if finite.all() or not finite.any():
-        return None
-    best = int(finite.nonzero()[0])
-    return tuple(points[best].tolist())
+    if constants:
+        finite |= ~torch.isfinite(y) & ~torch.isfinite(points).all(1)
+    return finite
 
 
 def _like(numbers: torch.Tensor, node: fx.Node) -> Any:

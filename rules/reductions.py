@@ -78,8 +78,7 @@ def _squeezed(value: torch.Tensor, dims: Sequence[int], keepdim: bool) -> torch.
 
 def sqrt_or_zero(value: torch.Tensor) -> torch.Tensor:
     """The square root, with derivative 0 at 0 as PyTorch's norms have it."""
-    none = value == 0
-    return torch.where(none, 0.0, torch.sqrt(torch.where(none, 1.0, value)))
+    return torch.where(value == 0, 0.0, torch.sqrt(value))
 
 
 def _moments(
@@ -163,8 +162,7 @@ def vector_norm(
 
 def _pow_or_zero(value: torch.Tensor, exponent: float) -> torch.Tensor:
     """A positive power of what is not negative, with derivatives 0 at 0."""
-    none = value == 0
-    return torch.where(none, 0.0, torch.pow(torch.where(none, 1.0, value), exponent))
+    return torch.where(value == 0, 0.0, torch.pow(value, exponent))
 
 
 @composite(aten.norm.Scalar)

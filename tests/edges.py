@@ -68,6 +68,7 @@ Z9 = (0.0,) * 9
 SMOOTH = "the function is smooth there; this is its derivative"
 SUB = "0 is taken: the subgradient that PyTorch documents, for both orders"
 LEAK = "what is not chosen does not count; 0·inf there"
+PUT = "what is constant has no derivative; inf·0 there"
 PRODUCT = "0·inf there"
 W3 = torch.tensor([1.0, -2.0, 0.5], dtype=D)
 
@@ -138,6 +139,13 @@ ENDS = [
         LEAK),
     Row("`log(x)[1:].sum() + x²` at (0, 1)", lambda x: torch.log(x)[:, 1:].sum(1) + (x * x).sum(1),
         (0.0, 1.0), (0, 3), (2, 0, 0, 1), LEAK),
+    Row("`sqrt(where(m, x, 0))`, m = (1, 0), at (1, 5)",
+        lambda x: torch.where(torch.tensor([True, False]), x, 0.0).sqrt().sum(1), (1.0, 5.0),
+        (0.5, 0), (-0.25, 0, 0, 0)),
+    one("`sqrt(relu(x))` at -1", lambda x: F.relu(x).sqrt(), -1.0, 0, 0, PUT),
+    Row("`sqrt(x · m)`, m = (1, 0), at (1, 5)",
+        lambda x: (x * torch.tensor([1.0, 0.0], dtype=D)).sqrt().sum(1), (1.0, 5.0), (0.5, 0),
+        (-0.25, 0, 0, 0), PUT),
     Row("`atan2` at the origin", lambda x: torch.atan2(x[:, 0], x[:, 1]), (0.0, 0.0), (0, 0), Z4,
         "0 is taken for both orders, as PyTorch does for the first"),
     Row("`hypot` at the origin", lambda x: torch.hypot(x[:, 0], x[:, 1]), (0.0, 0.0), (0, 0),
@@ -257,7 +265,9 @@ What fxhess returns where a derivative is a matter of convention, and where PyTo
 backward returns something else. At a kink: the derivatives of the branch that PyTorch takes
 there. Of ties: what PyTorch's first derivative takes. Where a norm or root has no derivative: 0. An
 entry that is not chosen (`where`, `masked_fill`, indices, slices, maxima, clamps) does not count,
-whatever its value. No NaN where the function is twice differentiable, but at repeated eigenvalues,
+whatever its value; nor do entries that are constants (written by `where`, `masked_fill` or at an
+index, turned off by `relu` or `clamp`, multiplied by a 0), but for a sum of entries that are all
+turned off, or multiplied by 0. No NaN where the function is twice differentiable, but at repeated eigenvalues,
 below.
 Every row is a test, from one list (`tests/edges.py`); the table is written by
 `python -m tests.edges --write docs/conventions.md`{version}.
