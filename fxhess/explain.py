@@ -18,8 +18,10 @@ from fxhess.clock import median_seconds, synchronize
 from fxhess.emit import ORIGIN, ROLE, VAL, VARIES, Emitter, Var
 from fxhess.errors import InputError
 from fxhess.execute import PLAIN, Running
+from fxhess.page import fragment, page
 from fxhess.rates import Rates, rates_for
 from fxhess.steps import Step
+from fxhess.units import si
 
 if TYPE_CHECKING:
     from fxhess.pipeline import Options, Program
@@ -100,12 +102,12 @@ class Explanation:
         x: torch.Tensor,
         options: Options,
         run: Callable[[torch.Tensor], object],
+        inputs: Sequence[torch.Tensor],
         structure: Sequence[str] = (),
-        inputs: Sequence[torch.Tensor] = (),
         running: Running = PLAIN,
     ) -> Explanation:
-        """Read the plan off a program, and time ``run(x)``; ``structure``: notes on what it was
-        told of values; ``inputs``: what the program takes besides x."""
+        """Read the plan off a program, and time ``run(x)``; ``inputs``: what the program takes
+        besides x; ``structure``: notes on what it was told of values."""
         rows = tuple(
             Row(
                 origin.op.removeprefix("aten.") if origin else "",
@@ -117,7 +119,11 @@ class Explanation:
             )
             for origin, kind, base, structure in program.terms
         )
-        nodes = [n for n in _at(program.graph_module.graph, x).nodes if n.op.startswith("call")]
+        nodes = [
+            n
+            for n in _at(program.graph_module.graph, [x, *inputs]).nodes
+            if n.op.startswith("call")
+        ]
         notes = [*structure, *program.notes]
         if "hessian" in options.names and not rows:
             notes.append(
@@ -174,8 +180,8 @@ class Explanation:
         lines = [
             f"{', '.join(self.outputs)} at x of shape {list(self.shape)}"
             + (" (vector outputs)" if self.vector else ""),
-            f"{self.operations} operations, {_si(self.flops)}FLOP, about"
-            f" {_si(self.peak_bytes)}B at the peak",
+            f"{self.operations} operations, {si(self.flops)}FLOP, about"
+            f" {si(self.peak_bytes)}B at the peak",
             f"{self.predicted * 1e3:.3g} ms predicted, {measured}",
             f"tangents start at: {bases}",
             *self._running(),
@@ -191,27 +197,47 @@ class Explanation:
             lines += ["", "matrix products, in order:"]
             lines += _table(
                 ("name", "for", "shapes", "FLOP"),
-                [(n, role, shapes, _si(f)) for n, role, shapes, f in self.contractions],
+                [(n, role, shapes, si(f)) for n, role, shapes, f in self.contractions],
             )
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
     __repr__ = __str__
 
+    def html(self) -> str:
+        """One HTML page that needs nothing else: the operations of the model as a picture (kind,
+        structure of the tangents, how terms end, cost and memory, the user's lines), predicted
+        beside measured time, tables."""
+        return page(self)
+
+    def write_html(self, path: str | os.PathLike[str]) -> None:
+        """Write :meth:`html` to a file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(self.html())
+
+    def _repr_html_(self) -> str:
+        return fragment(self)
+
     def _running(self) -> list[str]:
         """How a call without autograd runs."""
-        kept = f", {_si(self.kept_bytes)}B that depend on weights alone" if self.kept_bytes else ""
+        kept = f", {si(self.kept_bytes)}B that depend on weights alone" if self.kept_bytes else ""
         return [f"runs in {self.tiles} tiles of the batch{kept}"] if self.tiles > 1 or kept else []
 
 
-def _at(graph: fx.Graph, x: torch.Tensor) -> fx.Graph:
-    """The program with stand-ins of x's own batch size."""
+def _at(graph: fx.Graph, inputs: Sequence[torch.Tensor]) -> fx.Graph:
+    """The program with stand-ins of its inputs' own batch sizes."""
     emitter = Emitter()
     values: dict[fx.Node, Var] = {}
+    given = iter(inputs)
     for node in graph.nodes:
         if node.op == "placeholder":
-            val = node.meta[VAL] if values else x.detach().to("meta")
-            values[node] = emitter.placeholder(node.name if values else "x", val)
+            name = node.name if values else "x"
+            stand_in = next(given).detach().to("meta")
+            values[node] = emitter.placeholder(name, stand_in, node.meta[VARIES])
         elif node.op != "output":
             args = fx.node.map_arg(node.args, values.__getitem__)
             kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
@@ -313,11 +339,3 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         for row in [header, *rows]
     ]
     return [rendered[0], "  " + "  ".join("-" * w for w in widths), *rendered[1:]]
-
-
-def _si(value: float) -> str:
-    for unit in ("", "k", "M", "G", "T"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} P"

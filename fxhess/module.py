@@ -330,8 +330,8 @@ class HessianModule(nn.Module):
         vector = torch.zeros_like(shown) if self._takes_vector else None
         _, given = self._given(shown, vector, None)
         return Explanation.of(
-            binding.program, shown, self.options, lambda _: self._called(x), notes,
-            [*given, *binding.read()], self.running,
+            binding.program, shown, self.options, lambda _: self._called(x),
+            [*given, *binding.read()], notes, self.running,
         )  # fmt: skip
 
     def _called(self, x: torch.Tensor) -> Any:

@@ -26,7 +26,7 @@ class Tangent:
 @dataclass(frozen=True)
 class Ending:
     """How one term of the Hessian's sum ends: ``how`` is close, pull or rebase, relative to the
-    step ``base``; ``structure``: diagonal, dense, or - where the term was carried on."""
+    step ``base``; ``structure``: diagonal, dense, or - where the term was carried back."""
 
     how: str
     base: int

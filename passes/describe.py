@@ -33,7 +33,11 @@ def describe(canonical: Canonical, derivative: Derivative, program: fx.Graph) ->
         distinct = len(set(term.pattern))
         structure = "diagonal" if distinct < len(term.pattern) else "dense"
         endings.setdefault(number[term.node], []).append(
-            Ending(term.ending, number[term.base], structure if term.pattern else "-")
+            Ending(
+                "rebase" if term.carried else term.ending,
+                number[term.base],
+                structure if term.pattern else "-",
+            )
         )
     lost: dict[int, list[int]] = {}
     for origin, size in derivative.losses:

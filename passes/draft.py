@@ -53,12 +53,14 @@ class Start:
 @dataclass(frozen=True)
 class Term:
     """One term of formula (1), for ``explain``: the curved operation (or the later base), the
-    base it is relative to, how it ends and the pattern of its result."""
+    base it is relative to, how it ends and the pattern of its result; ``carried``: whether it is
+    the Hessian of what follows a later base."""
 
     node: fx.Node
     base: fx.Node
     ending: str
     pattern: tuple[int, ...]
+    carried: bool = False
 
 
 class Draft:
@@ -241,7 +243,7 @@ class Draft:
                 self._parts[key] = part
             if isinstance(part, Structured):
                 moved.setdefault(term.i, []).append(part)
-                self.terms.append(Term(node, base, "pull", ()))
+                self.terms.append(Term(node, base, "pull", (), ending == "rebase"))
                 continue
             pattern, closed = part
             with self.emitter.at(node.meta.get(ORIGIN), "curvature"):

@@ -26,7 +26,7 @@ EVERYTHING = SOURCES + sorted(
 # Layers, lowest first: a module imports from its own layer or below.  "passes" and "rules" stand
 # for all modules of these packages.
 LAYERS = (
-    {"errors", "lines"},
+    {"errors", "lines", "units", "layered"},
     {"emit", "kinds", "triangle", "outputs", "steps", "_torch", "_traced", "_running", "_direct"},
     {"store", "clock", "rates"},
     {"functions", "closures", "collector", "intake", "oracle", "sources"},
@@ -36,7 +36,7 @@ LAYERS = (
     {"passes", "rules"},
     {"kernels"},
     {"execute", "pipeline"},
-    {"cache", "explain", "verify", "calibrate", "checks", "rows"},
+    {"cache", "explain", "listing", "page", "picture", "verify", "calibrate", "checks", "rows"},
     {"repeat"},
     {"binding", "apart"},
     {"module"},
