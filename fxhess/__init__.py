@@ -34,6 +34,7 @@ from fxhess.module import HessianModule  # noqa: E402
 from fxhess.rates import Rates  # noqa: E402
 from fxhess.registry import Rule, register_rule  # noqa: E402
 from fxhess.verify import VerificationError  # noqa: E402
+from fxhess.wrt import parameters  # noqa: E402
 
 try:
     __version__ = importlib.metadata.version("fxhess")
@@ -59,6 +60,7 @@ __all__ = [
     "cache_info",
     "calibrate",
     "kinds",
+    "parameters",
     "register_rule",
     "testing",
     "transform",

@@ -42,9 +42,12 @@ except ImportError:  # pragma: no cover - a future PyTorch that moved it
     _requires_grad_allowed = contextlib.nullcontext  # type: ignore[assignment]
 
 
+Constant = tuple[torch.Tensor, bool]  # and whether it has the batch axes in front
+
+
 @dataclass
 class Traced:
-    """A functional graph with placeholders x, then the tensors in the order given.
+    """A functional graph with placeholders x, the constants, then the tensors, in the order given.
 
     ``symbols``: the sympy symbol of each batch axis; ``sizes``: the same, or the number that
     tracing had to specialize it to; ``guards``: sympy conditions on the symbols under which the
@@ -82,17 +85,18 @@ def trace(
     function: Callable[..., Any],
     x: torch.Tensor,
     batch_ndim: int,
+    constants: Sequence[Constant],
     tensors: Sequence[torch.Tensor],
     decompositions: Mapping[Any, Callable[..., Any]],
     also: Callable[[], Any] = tuple,
 ) -> Traced:
-    """Trace ``function(x, *tensors)``; see the module's docstring.  The graph returns a pair: the
-    function's result, and the traced tensors that ``also`` gives after it ran."""
+    """Trace ``function(x, *constants, *tensors)``; see the module's docstring.  The graph returns a
+    pair: the function's result, and the traced tensors that ``also`` gives after it ran."""
     if not HAVE_FAKE_TENSORS:
-        return trace_by_export(function, x, batch_ndim, tensors, decompositions)
+        return trace_by_export(function, x, batch_ndim, constants, tensors, decompositions)
     first: Traced | None = None
     with contextlib.suppress(RuntimeError):
-        first = _trace_fake(function, x, batch_ndim, tensors, decompositions, also)
+        first = _trace_fake(function, x, batch_ndim, constants, tensors, decompositions, also)
         if first.serves_all_sizes:
             return first
     # Some shape functions written in C++ miss symbolic sizes, or read them as numbers.  Those
@@ -100,7 +104,7 @@ def trace(
     # rules' rewrites.
     try:
         with enable_python_dispatcher():
-            second = _trace_fake(function, x, batch_ndim, tensors, decompositions, also)
+            second = _trace_fake(function, x, batch_ndim, constants, tensors, decompositions, also)
     except RuntimeError:
         if first is None:
             raise
@@ -112,6 +116,7 @@ def _trace_fake(
     function: Callable[..., Any],
     x: torch.Tensor,
     batch_ndim: int,
+    constants: Sequence[Constant],
     tensors: Sequence[torch.Tensor],
     decompositions: Mapping[Any, Callable[..., Any]],
     also: Callable[[], Any],
@@ -123,6 +128,8 @@ def _trace_fake(
     with mode:
         fake_x = mode.from_tensor(x, symbolic_context=context)
         symbols = tuple(_expression(fake_x.shape[i]) for i in range(batch_ndim))
+        batch = fake_x.shape[:batch_ndim]
+        given = [_fake_constant(mode, c, batch) for c in constants]
         # One fake for one tensor: tied weights stay tied.
         fakes: dict[int, torch.Tensor] = {}
         for t in tensors:
@@ -136,9 +143,18 @@ def _trace_fake(
             decomposition_table=dict(decompositions),
             tracing_mode="real",
             _allow_non_fake_inputs=True,
-        )(fake_x, *(fakes[id(t)] for t in tensors))
+        )(fake_x, *given, *(fakes[id(t)] for t in tensors))
     replaced = tuple(env.replace(s) for s in symbols)
     return Traced(graph_module, symbols, replaced, tuple(g.expr for g in env.guards))
+
+
+def _fake_constant(mode: Any, constant: Constant, batch: Sequence[Any]) -> torch.Tensor:
+    """The stand-in of a constant: of x's own batch sizes, where it has the batch axes."""
+    tensor, batched = constant
+    if batched and batch:
+        shape = (*batch, *tensor.shape[len(batch) :])
+        return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+    return mode.from_tensor(tensor, static_shapes=True).detach()  # type: ignore[no-any-return]
 
 
 def stand_in(x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
@@ -218,18 +234,28 @@ def trace_by_export(
     function: Callable[..., Any],
     x: torch.Tensor,
     batch_ndim: int,
+    constants: Sequence[Constant],
     tensors: Sequence[torch.Tensor],
     decompositions: Mapping[Any, Callable[..., Any]],
 ) -> Traced:
     """The public fallback: the same graph through ``torch.export``."""
 
     class Holder(torch.nn.Module):
-        def forward(self, x: torch.Tensor, tensors: list[torch.Tensor]) -> Any:
-            return function(x, *tensors)
+        def forward(
+            self, x: torch.Tensor, given: list[torch.Tensor], tensors: list[torch.Tensor]
+        ) -> Any:
+            return function(x, *given, *tensors)
 
     dims = dict.fromkeys(range(batch_ndim), torch.export.Dim.AUTO)
     exported = torch.export.export(
-        Holder(), (x, list(tensors)), dynamic_shapes=(dims, [None] * len(tensors)), strict=False
+        Holder(),
+        (x, [_of_batch(c, x.shape[:batch_ndim]) for c in constants], list(tensors)),
+        dynamic_shapes=(
+            dims,
+            [dims if batched else None for _, batched in constants],
+            [None] * len(tensors),
+        ),
+        strict=False,
     ).run_decompositions(dict(decompositions))
     graph_module = exported.graph_module
     for node in graph_module.graph.nodes:
@@ -238,6 +264,11 @@ def trace_by_export(
     fake_x = next(iter(graph_module.graph.nodes)).meta["val"]
     symbols = tuple(_expression(fake_x.shape[i]) for i in range(batch_ndim))
     return Traced(graph_module, symbols, symbols, ())
+
+
+def _of_batch(constant: Constant, batch: Sequence[int]) -> torch.Tensor:
+    tensor, batched = constant
+    return tensor.new_empty((*batch, *tensor.shape[len(batch) :])) if batched else tensor
 
 
 def _expression(size: Any) -> Any:

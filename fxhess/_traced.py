@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +46,8 @@ def ancestors(*nodes: fx.Node) -> set[fx.Node]:
 
 @dataclass(frozen=True)
 class Flow:
-    """What a traced value depends on: the ``values`` of x, its batch ``sizes``, other ``tensors``,
-    ``random`` numbers; and whether a ``gradient`` flows from x."""
+    """What a traced value depends on: the ``values`` of samples, their batch ``sizes``, other
+    ``tensors``, ``random`` numbers; and whether a ``gradient`` flows from x."""
 
     values: bool
     sizes: bool
@@ -56,28 +56,47 @@ class Flow:
     gradient: bool
 
 
+_SAMPLE = "sample"  # in the meta of an input that differs from sample to sample
+
+
+def mark_samples(inputs: Sequence[int]) -> None:
+    """Note on the inputs of the trace under way, which has just begun, which of them differ from
+    sample to sample: x, and some of its constants."""
+    mode: Any = get_proxy_mode()
+    places = list(mode.tracer.graph.nodes)
+    for i in inputs:
+        places[i].meta[_SAMPLE] = True
+
+
+def _samples(graph: fx.Graph) -> list[fx.Node]:
+    """The inputs that differ from sample to sample."""
+    places = [n for n in graph.nodes if n.op == "placeholder"]
+    return [n for n in places if n.meta.get(_SAMPLE)] or places[:1]
+
+
 def dependence(node: fx.Node, known: Collection[int] = ()) -> Flow:
     """What ``node`` depends on.  ``known``: identities of constants that do not count."""
     values = sizes = tensors = random = False
     starts = [node]
     if writes_in_place(node.graph):  # what was written may be read through any view of it
         starts += [n for n in node.graph.nodes if _writes(n)]
-    x = next(iter(node.graph.nodes))
+    samples = _samples(node.graph)
+    x = samples[0]
     root = constants()
     for other in ancestors(*starts):
         if other.op == "get_attr":
             fresh = all(u.target is torch.ops.aten.lift_fresh_copy.default for u in other.users)
             tensors = tensors or not (fresh or id(getattr(root, str(other.target))) in known)
         elif other.op == "placeholder":
-            tensors = tensors or other is not x
+            tensors = tensors or other not in samples
         elif torch.Tag.nondeterministic_seeded in getattr(other.target, "tags", ()):
             random = True
-        if x in other.all_input_nodes:
+        if any(place in other.all_input_nodes for place in samples):
             if isinstance(other.meta.get("val"), torch.Tensor):
                 values = True
             else:
                 sizes = True
-    values = values or node is x
+    values = values or node in samples
     return Flow(values, sizes, tensors, random, _differentiable(node, x))
 
 

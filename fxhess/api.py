@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
+from fxhess.arguments import REDUCTIONS
 from fxhess.errors import InputError
 from fxhess.execute import Running
 from fxhess.module import HessianModule
@@ -18,8 +18,11 @@ def transform(
     model: nn.Module | Callable[..., Any],
     outputs: Any = "hessian",
     *,
+    wrt: Any = 0,
+    in_dims: Any = None,
     event_ndim: int = 1,
-    example: torch.Tensor | None = None,
+    reduce: str | None = None,
+    example: Any = None,
     strategy: str = "auto",
     fallback: str = "allow",
     compile: bool = False,
@@ -40,8 +43,19 @@ def transform(
             trace of ``metric @ H`` where the call gives a metric), ``"hvp"`` (H v) and
             ``"quadratic"`` (v H v) along the ``vector`` of the call, ``("entries", [(i, j), ..])``,
             ``("blocks", axis)``: the diagonal blocks along an event axis.
-        event_ndim: how many trailing axes of x make one sample.
-        example: specialize now for inputs like this one (any batch size), not at the first call.
+        wrt: what is differentiated: an argument of the model by position or name (``"x"``, or
+            ``"batch.pos"`` for a part of one), :func:`fxhess.parameters`, or a tuple, list or
+            dictionary of these.  An argument may hold several tensors (a tuple, dictionary or
+            dataclass).  Of several inputs, derivatives have the structure of ``wrt``, Hessians
+            blocks ``H[a][b]``: ``[*batch, *event_a, *event_b]``.
+        in_dims: which of the model's other arguments have batch axes, as for ``torch.vmap``: an
+            axis or None for each, in a tuple by position or a dictionary by name.  Where nothing is
+            said, tensors that begin with the batch sizes do.
+        event_ndim: how many trailing axes of x (the first of several inputs) make one sample.
+        reduce: with ``wrt=fxhess.parameters(..)``: ``"sum"`` or ``"mean"`` over the batch (the
+            first axis of the model's result), for one Hessian instead of one for each sample.
+        example: specialize now for inputs like this one (any batch size), not at the first call;
+            several arguments as a tuple.
         strategy: how the terms of the Hessian end: ``"auto"`` (by cost), ``"close"`` (all
             contracted at x), ``"pull"`` (all carried back to x) or ``"rebase"`` (piece by piece at
             every narrow place).
@@ -75,6 +89,8 @@ def transform(
         )
     if fallback not in ("allow", "error"):
         raise InputError(f"unknown fallback {fallback!r}", hint="valid are 'allow' and 'error'")
+    if reduce is not None and reduce not in REDUCTIONS:
+        raise InputError(f"unknown reduce {reduce!r}", hint="valid are 'sum' and 'mean'")
     if not callable(model):
         raise InputError(f"a model is a module or a function, not {type(model).__name__}")
     if event_ndim < 0:
@@ -88,7 +104,10 @@ def transform(
         strategy,
         fallback,
         Running(compile, max_memory),
+        wrt,
+        in_dims,
+        reduce,
     )
     if example is not None:
-        hess.specialize(example)
+        hess.specialize(*(example if isinstance(example, tuple) else (example,)))
     return hess

@@ -73,16 +73,16 @@ class Binding:
             for node in self.program.graph_module.graph.nodes
         )
 
-    def serves(self, x: torch.Tensor) -> bool:
-        """Whether the program is right for this x and the model as it is now.  While PyTorch traces
-        the call nothing can be known of values: then :meth:`run` demands it."""
+    def serves(self, x: torch.Tensor, constants: Sequence[torch.Tensor] = ()) -> bool:
+        """Whether the program is right for these inputs and the model as it is now.  While PyTorch
+        traces the call nothing can be known of values: then :meth:`run` demands it."""
         if self.guards and not _torch.conditions_hold(self.symbols, self.guards, x.shape):
             return False
         if self.structure is None or traced():
             return True
         if self.structure.varying is not None and _torch.transforming():
             raise transformed()
-        return self.structure.holds(x)
+        return self.structure.holds((x, *constants))
 
     def fits(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether the model's tensors are those that it was traced for, in shape, type and

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,10 +25,12 @@ from fxhess import _torch, _traced, registry
 from fxhess.closures import tensor_paths
 from fxhess.emit import ORIGIN
 from fxhess.errors import CaptureError, FxhessError, Origin
+from fxhess.form import PLAIN, Form
 from fxhess.functions import whole_functions
 from fxhess.guards import Structure
 from fxhess.intake import check_model, one_tensor
 from fxhess.lines import INTERNAL, calling_line, user_line
+from fxhess.outputs import Given
 from fxhess.reads import Questions
 from fxhess.sources import Source, exclusive
 
@@ -38,7 +40,8 @@ _OP, _CALL, _LINE, _PATH = "operator", "call", "line", "module path"
 
 @dataclass
 class Captured:
-    """A functional ATen graph: placeholders are x, then one for each source.  ``symbols``,
+    """A functional ATen graph: placeholders are x, the constants of the call, then one for each
+    source.  ``constants`` describes them, ``examples`` are theirs at capture.  ``symbols``,
     ``sizes`` and ``guards`` of the batch axes are those of :class:`fxhess._torch.Traced`;
     ``structure``: what was seen of values, where the program holds for these only.
 
@@ -54,6 +57,8 @@ class Captured:
     guards: tuple[Any, ...]
     tensors: list[torch.Tensor]
     structure: Structure | None = None
+    constants: tuple[Given, ...] = ()
+    examples: tuple[torch.Tensor, ...] = ()
     implied: bool = False
     targets: tuple[fx.Node, ...] = ()
     output: fx.Node = field(init=False)
@@ -102,11 +107,20 @@ def _mark(before: fx.Node | None, key: str, text: str) -> None:
         node.meta.setdefault(key, text)
 
 
-def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int, alone: int = 0) -> Captured:
-    """Trace ``model(x)`` with its first ``batch_ndim`` axes symbolic.
+def capture(
+    model: nn.Module,
+    x: torch.Tensor,
+    batch_ndim: int,
+    alone: int = 0,
+    form: Form = PLAIN,
+    constants: Sequence[torch.Tensor] = (),
+    described: Sequence[Given] = (),
+) -> Captured:
+    """Trace the model as a function of x, of which the first ``batch_ndim`` axes are symbolic.
+    ``form`` says how its arguments are made of x and the ``constants``, which are ``described``.
 
-    With ``alone``, x is one sample (``batch_ndim`` 0), and the model is given it as a batch of
-    that sample alone, with this many batch axes.
+    With ``alone``, x and what is given for each sample are those of one (``batch_ndim`` 0), and the
+    model is given a batch of that sample alone, with this many batch axes.
 
     Raises:
         CaptureError: PyTorch cannot trace the model, or it does not return one tensor.
@@ -120,18 +134,24 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int, alone: int = 0) 
 
     open_modules: list[tuple[str, fx.Node | None]] = []
 
-    def function(x: torch.Tensor, *tensors: torch.Tensor) -> Any:
+    count = len(constants)
+    samples = [0, *(i for i, given in enumerate(described, 1) if given.batched)]
+
+    def function(x: torch.Tensor, *rest: torch.Tensor) -> Any:
         questions.start()
+        _traced.mark_samples(samples)
         with _Watch(), _marked_modules(model, open_modules):
-            x = x[(None,) * alone] if alone else x
-            if not names:
-                return _without(alone, one_tensor(model(x)))
-            given = dict(zip(names, tensors, strict=True))
-            result = torch.func.functional_call(model, given, (x,), tie_weights=False)
-            return _without(alone, one_tensor(result))
+            args, kwargs, own = form.arguments(x, rest[:count], alone)
+            given = {**dict(zip(names, rest[count:], strict=True)), **own}
+            result = torch.func.functional_call(model, given, args, kwargs, tie_weights=False)
+            return _without(alone, form.reduced(one_tensor(result)))
 
     tensors = [t.detach() for t in named.values()]
-    questions = Questions([x, *tensors], lambda op: _here(op, open_modules), apart=batch_ndim > 0)
+    examples = tuple(c.detach() for c in constants)
+    given = [(c, d.batched) for c, d in zip(examples, described, strict=True)]
+    questions = Questions(
+        [x, *examples, *tensors], lambda op: _here(op, open_modules), apart=batch_ndim > 0
+    )
     rewrites = questions.answers(registry.decompositions())
     rewrites = {op: _located(op, rewrite, open_modules) for op, rewrite in rewrites.items()}
     with (
@@ -150,12 +170,12 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int, alone: int = 0) 
         for example in _examples(x, batch_ndim):
             try:
                 try:
-                    found = _torch.trace(run, example, batch_ndim, tensors, rewrites, asked)
+                    found = _torch.trace(run, example, batch_ndim, given, tensors, rewrites, asked)
                 except RuntimeError as error:
                     if run is not function or not _WANTS_AUTOGRAD.search(str(error)):
                         raise
                     run = _torch.with_autograd(function)
-                    found = _torch.trace(run, example, batch_ndim, tensors, rewrites, asked)
+                    found = _torch.trace(run, example, batch_ndim, given, tensors, rewrites, asked)
             except FxhessError:
                 raise
             except Exception as error:
@@ -170,15 +190,18 @@ def capture(model: nn.Module, x: torch.Tensor, batch_ndim: int, alone: int = 0) 
         graph = graph_module.graph
         placeholders = [n for n in graph.nodes if n.op == "placeholder"]
         sources = [Source(tuple(name.split("."))) for name in names]
-        assert len(placeholders) == 1 + len(sources)
+        assert len(placeholders) == 1 + count + len(sources)
         _record_origins(graph)
         _lift_constants(graph_module, model, placeholders[-1], sources)
         if _torch.writes_in_place(graph):
             graph_module = _torch.functional(graph_module, rewrites, (ORIGIN,))
-        structure = Structure.of(graph_module, sources, model, questions.complete)
+        structure = Structure.of(graph_module, described, sources, model, questions.complete)
     values = [source.read(model) for source in sources]
     symbols, sizes, guards = traced.symbols, traced.sizes, traced.guards
-    return Captured(graph_module, sources, batch_ndim, symbols, sizes, guards, values, structure)
+    return Captured(
+        graph_module, sources, batch_ndim, symbols, sizes, guards, values, structure,
+        tuple(described), examples,
+    )  # fmt: skip
 
 
 def _without(axes: int, result: Any) -> Any:

@@ -99,15 +99,15 @@ class Explanation:
     def of(
         cls,
         program: Program,
-        x: torch.Tensor,
-        options: Options,
-        run: Callable[[torch.Tensor], object],
         inputs: Sequence[torch.Tensor],
+        options: Options,
+        run: Callable[[], object],
         structure: Sequence[str] = (),
         running: Running = PLAIN,
     ) -> Explanation:
-        """Read the plan off a program, and time ``run(x)``; ``inputs``: what the program takes
-        besides x; ``structure``: notes on what it was told of values."""
+        """Read the plan off a program, and time ``run()``; ``inputs``: what the program takes, x
+        first; ``structure``: notes on what it was told of values."""
+        x = inputs[0]
         rows = tuple(
             Row(
                 origin.op.removeprefix("aten.") if origin else "",
@@ -120,9 +120,7 @@ class Explanation:
             for origin, kind, base, structure in program.terms
         )
         nodes = [
-            n
-            for n in _at(program.graph_module.graph, [x, *inputs]).nodes
-            if n.op.startswith("call")
+            n for n in _at(program.graph_module.graph, inputs).nodes if n.op.startswith("call")
         ]
         notes = [*structure, *program.notes]
         if "hessian" in options.names and not rows:
@@ -147,7 +145,7 @@ class Explanation:
         written = sum(_bytes(n.meta[VAL]) for n in nodes if n.name in names)
         peak = cost.peak_bytes(nodes)
         room = min(_room(x.device), running.max_memory or math.inf)
-        seconds = _profile(program.graph_module, [x, *inputs]) if peak < room else None
+        seconds = _profile(program.graph_module, inputs) if peak < room else None
         execution = program.execution
         tiled = execution is not None and execution.worthwhile(x)
         return cls(
@@ -229,15 +227,13 @@ class Explanation:
 
 
 def _at(graph: fx.Graph, inputs: Sequence[torch.Tensor]) -> fx.Graph:
-    """The program with stand-ins of its inputs' own batch sizes."""
+    """The program with stand-ins of the inputs' own batch size."""
     emitter = Emitter()
     values: dict[fx.Node, Var] = {}
-    given = iter(inputs)
     for node in graph.nodes:
         if node.op == "placeholder":
-            name = node.name if values else "x"
-            stand_in = next(given).detach().to("meta")
-            values[node] = emitter.placeholder(name, stand_in, node.meta[VARIES])
+            val = inputs[len(values)].detach().to("meta")
+            values[node] = emitter.placeholder(node.name, val, bool(node.meta[VARIES]))
         elif node.op != "output":
             args = fx.node.map_arg(node.args, values.__getitem__)
             kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
@@ -308,12 +304,11 @@ def _random_kept(x: torch.Tensor) -> AbstractContextManager[None]:
     return torch.random.fork_rng([x.device] if x.is_cuda else [])
 
 
-def _measured(run: Callable[[torch.Tensor], object], x: torch.Tensor) -> float | None:
+def _measured(run: Callable[[], object], x: torch.Tensor) -> float | None:
     """Seconds of a call without autograd; the state of the random numbers stays as it is."""
-    x = x.detach()
     with torch.no_grad(), _random_kept(x):
         try:
-            return median_seconds(lambda: run(x), x.device, _MEASURING)
+            return median_seconds(run, x.device, _MEASURING)
         except (torch.OutOfMemoryError, InputError):  # the device's memory, or a limit on it
             return None
 

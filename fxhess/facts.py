@@ -47,7 +47,7 @@ class Fact:
 
 @dataclass
 class Canonical:
-    """A canonical graph: placeholders x and the sources, and one output node.
+    """A canonical graph: placeholders x, constants and the sources, and one output node.
 
     ``batch_ndim`` counts the batch axes; ``summed`` tells that the model returns the plain sum
     over the batch of separate terms; ``vector`` that it returns ``[*batch, m]``; ``device`` is

@@ -10,18 +10,21 @@ from torch import fx, nn
 
 from fxhess import _traced
 from fxhess.errors import CaptureError
+from fxhess.outputs import Given
 from fxhess.reads import Read, asking
 from fxhess.sources import Reader, Source
 
 
 class Guard:
     """Holds where each of ``reads`` gets the answer it got at capture.  ``module`` computes their
-    operands, one after the other, from x (if ``varying``) and the tensors of ``sources``;
-    ``names`` tells for each read what it depends on."""
+    operands, one after the other, from those inputs of the program that it ``takes`` (x and all
+    constants if ``varying``) and the tensors of ``sources``; ``names`` tells for each read what it
+    depends on."""
 
     def __init__(
         self,
         module: fx.GraphModule,
+        takes: Sequence[int],
         sources: Sequence[Source],
         model: nn.Module,
         reads: Sequence[Read],
@@ -29,6 +32,7 @@ class Guard:
         varying: bool,
     ) -> None:
         self.module = module
+        self.takes = list(takes)
         self.sources = list(sources)
         self.read = Reader(sources, model)
         self.reads = list(reads)
@@ -42,58 +46,67 @@ class Guard:
     def of(
         cls,
         graph: fx.Graph,
+        constants: Sequence[Given],
         sources: Sequence[Source],
         model: nn.Module,
         reads: Sequence[Read],
         watched: Sequence[Sequence[fx.Node]],
         varying: bool,
     ) -> Guard | None:
-        """The guard of those ``reads`` that depend on x, or of those that do not."""
+        """The guard of those ``reads`` that depend on samples, or of those that do not."""
         chosen = [i for i, read in enumerate(reads) if read.varying == varying]
         if not chosen:
             return None
         operands = [node for i in chosen for node in watched[i]]
         needed = _traced.ancestors(*operands)
-        x, *places = [n for n in graph.nodes if n.op == "placeholder"]
+        every = [n for n in graph.nodes if n.op == "placeholder"]
+        inputs, places = every[: 1 + len(constants)], every[1 + len(constants) :]
+        takes = [i for i, place in enumerate(inputs) if varying or place in needed]
         own = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         kept = [(n, s) for n, s in zip(places, sources, strict=True) if n in needed]
-        for node in ([x] if varying else []) + [n for n, _ in kept]:
+        for node in [inputs[i] for i in takes] + [n for n, _ in kept]:
             copies[node] = own.node_copy(node)
         for node in graph.nodes:
             if node in needed and node.op not in ("placeholder", "output"):
                 copies[node] = own.node_copy(node, copies.__getitem__)
         own.output(tuple(copies[n] for n in operands))
         module = fx.GraphModule(nn.Module(), own, "Guard")
-        named = [(x, "x"), *((n, ".".join(s.path) or "a constant") for n, s in kept)]
+        named = list(zip(inputs, ["x", *(c.name for c in constants)], strict=True))
+        named += [(n, ".".join(s.path) or "a constant") for n, s in kept]
         names = [
             [name for place, name in named if place in _traced.ancestors(*watched[i])]
             for i in chosen
         ]
-        return cls(module, [s for _, s in kept], model, [reads[i] for i in chosen], names, varying)
+        own_reads = [reads[i] for i in chosen]
+        return cls(module, takes, [s for _, s in kept], model, own_reads, names, varying)
 
-    def holds(self, x: torch.Tensor) -> bool:
-        """Whether the program is right for this x and the model's tensors as they are now."""
+    def _operands(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [t.detach() for t in (*(inputs[i] for i in self.takes), *self.read())]
+
+    def holds(self, inputs: Sequence[torch.Tensor]) -> bool:
+        """Whether the program is right for these inputs (x, then the constants) and the model's
+        tensors as they are now."""
         with torch.no_grad():
-            tensors = [t.detach() for t in self.read()]
+            tensors = self._operands(inputs)
             if self.varying:
-                return self._agree(x.detach(), tensors)
+                return self._agree(tensors)
             known = self._known
             if known is not None and all(map(_equal, tensors, known)):
                 return True
-            if not self._agree(x, tensors):
+            if not self._agree(tensors):
                 return False
             self._known = tuple(t.clone() for t in tensors)
             return True
 
-    def _agree(self, x: torch.Tensor, tensors: Sequence[torch.Tensor]) -> bool:
+    def _agree(self, tensors: Sequence[torch.Tensor]) -> bool:
         try:
-            found = split(self.module(*([x] if self.varying else []), *tensors), self.reads)
+            found = split(self.module(*tensors), self.reads)
         except (RuntimeError, IndexError):  # what was done after another answer cannot be done now
             return False
         return all(read.holds(own) for read, own in zip(self.reads, found, strict=True))
 
-    def demand(self, x: torch.Tensor, module: fx.GraphModule | None = None) -> None:
+    def demand(self, inputs: Sequence[torch.Tensor], module: fx.GraphModule | None = None) -> None:
         """While PyTorch traces the call: make it part of the program that the operands are those
         seen.  Otherwise it raises a RuntimeError when it runs.  ``module``: one that computes the
         operands for a batch of samples."""
@@ -103,9 +116,7 @@ class Guard:
                 where=self.reads[0].origin,
                 hint="call it outside, or transform the model that does not contain it",
             )
-        tensors = [t.detach() for t in self.read()]
-        inputs = [x.detach(), *tensors] if self.varying else tensors
-        found = split((module or self.module)(*inputs), self.reads)
+        found = split((module or self.module)(*self._operands(inputs)), self.reads)
         for read, own, message in zip(self.reads, found, self._messages, strict=True):
             for now, seen in zip(own, read.operands, strict=True):
                 _traced.demand((now == seen).all(), message)
@@ -135,7 +146,8 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Structure:
-    """What a program was told of values: ``constant`` guards the model's tensors, ``varying`` x."""
+    """What a program was told of values: ``constant`` guards what all samples share, ``varying``
+    x and what is given for each."""
 
     constant: Guard | None
     varying: Guard | None
@@ -144,6 +156,7 @@ class Structure:
     def of(
         cls,
         graph_module: fx.GraphModule,
+        constants: Sequence[Given],
         sources: Sequence[Source],
         model: nn.Module,
         reads: Sequence[Read],
@@ -156,7 +169,10 @@ class Structure:
         output.args = (result,)
         structure = None
         if reads:
-            guards = [Guard.of(graph, sources, model, reads, watched, v) for v in (False, True)]
+            guards = [
+                Guard.of(graph, constants, sources, model, reads, watched, varying)
+                for varying in (False, True)
+            ]
             structure = cls(*guards)
             graph.eliminate_dead_code()
         graph_module.recompile()
@@ -170,10 +186,10 @@ class Structure:
     def reads(self) -> list[Read]:
         return [read for guard in self.guards for read in guard.reads]
 
-    def demand(self, x: torch.Tensor, matcher: fx.GraphModule | None = None) -> None:
+    def demand(self, inputs: Sequence[torch.Tensor], matcher: fx.GraphModule | None = None) -> None:
         """See :meth:`Guard.demand`; ``matcher`` is for what varies."""
         for guard in self.guards:
-            guard.demand(x, matcher if guard.varying else None)
+            guard.demand(inputs, matcher if guard.varying else None)
 
     def notes(self, captures: int) -> list[str]:
         """For ``explain``: what was read, of what, and how often the model was captured."""
@@ -185,6 +201,6 @@ class Structure:
         times = "once" if captures == 1 else f"{captures} times"
         return [*found, f"captured {times} so far, for values like these"]
 
-    def holds(self, x: torch.Tensor) -> bool:
-        """Whether the program is right for this x and the model's tensors as they are now."""
-        return all(guard.holds(x) for guard in self.guards)
+    def holds(self, inputs: Sequence[torch.Tensor]) -> bool:
+        """Whether the program is right for these inputs and the model's tensors as they are now."""
+        return all(guard.holds(inputs) for guard in self.guards)

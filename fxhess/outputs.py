@@ -46,12 +46,15 @@ class Output:
 @dataclass(frozen=True)
 class Given:
     """An input of a program besides x: its name and the sizes of its axes
-    ``[*leading, *batch, *event]``, the batch only where it is given for each sample."""
+    ``[*leading, *batch, *event]``, the batch only where it is given for each sample; its type,
+    where that is not x's; whether it is a ``constant`` that the model takes."""
 
     name: str
     leading: tuple[int, ...]
     batched: bool
     event: tuple[int, ...]
+    dtype: torch.dtype | None = None
+    constant: bool = False
 
     @property
     def batch_axis(self) -> int | None:
@@ -61,11 +64,13 @@ class Given:
     def stand_in(self, batch: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A meta tensor of its shape for a batch of these sizes."""
         middle = tuple(batch) if self.batched else ()
-        return torch.empty((*self.leading, *middle, *self.event), dtype=dtype, device="meta")
+        shape = (*self.leading, *middle, *self.event)
+        return torch.empty(shape, dtype=self.dtype or dtype, device="meta")
 
 
-def parse(outputs: Any, event_ndim: int) -> tuple[Output, ...]:
-    """The outputs that a user named: one, or a sequence of them.
+def parse(outputs: Any, event_ndim: int | None) -> tuple[Output, ...]:
+    """The outputs that a user named: one, or a sequence of them; ``event_ndim``: the axes of a
+    sample, None where that is not known yet.
 
     Raises:
         InputError: an unknown name, or details that do not fit.
@@ -89,7 +94,18 @@ def is_detailed(output: Any) -> bool:
     )
 
 
-def _one(output: Any, event_ndim: int) -> Output:
+def refuse_details(outputs: Sequence[Output]) -> None:
+    """Raises InputError for outputs that speak of the axes of one input, where there are
+    several."""
+    for output in outputs:
+        if output.name in _DETAILED:
+            raise InputError(
+                f"output {output.name!r} is of one input, and wrt names several",
+                hint="transform once more with one of them as wrt, or take parts of 'hessian'",
+            )
+
+
+def _one(output: Any, event_ndim: int | None) -> Output:
     if isinstance(output, str) and output in _ORDER:
         if output in _DETAILED:
             raise InputError(f"output {output!r} needs details", hint=_DETAILED[output])
@@ -109,24 +125,23 @@ def _one(output: Any, event_ndim: int) -> Output:
     return Output(name, entries=pairs)
 
 
-def _axes(axes: Sequence[int], event_ndim: int) -> tuple[int, ...]:
+def _axes(axes: Sequence[int], event_ndim: int | None) -> tuple[int, ...]:
+    if event_ndim is None:
+        return tuple(sorted(set(axes)))
     for axis in axes:
         if not -event_ndim <= axis < event_ndim:
             raise InputError(f"blocks along event axis {axis}, but a sample has {event_ndim} axes")
     return tuple(sorted({axis % event_ndim for axis in axes}))
 
 
-def _index(index: Any, event_ndim: int) -> Index:
+def _index(index: Any, event_ndim: int | None) -> Index:
     whole = (index,) if isinstance(index, int) else tuple(int(i) for i in index)
-    if len(whole) != event_ndim:
+    if event_ndim is not None and len(whole) != event_ndim:
         raise InputError(
             f"an entry has {len(whole)} numbers where a sample of x has {event_ndim} axes",
             hint=_DETAILED["entries"],
         )
     return whole
-
-
-NOTHING_GIVEN: tuple[tuple[Given, ...], Sequence[torch.Tensor]] = ((), ())
 
 
 def given_for(

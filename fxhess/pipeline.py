@@ -51,7 +51,7 @@ class Options:
     event_ndim: int
     strategy: str = "auto"
     fallback: str = "allow"
-    given: tuple[Given, ...] = ()  # what is given at a call besides x
+    given: tuple[Given, ...] = ()  # what is given at a call besides x, the constants first
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -166,8 +166,9 @@ def batched(captured: Captured) -> Captured:
 
 
 def compile_guard(captured: Captured, guard: Guard, x: torch.Tensor) -> fx.GraphModule:
-    """The guard of one sample as a program for a batch of them: from ``x: [n, *event]`` and the
-    tensors of its sources, each operand as ``[n, *shape]``, or ``[1, *shape]``."""
+    """The guard of one sample as a program for a batch of them: from ``x: [n, *event]``, the
+    constants of the call and the tensors of its sources, each operand as ``[n, *shape]``, or
+    ``[1, *shape]``."""
     graph = guard.module.graph
     (operands,) = next(n for n in graph.nodes if n.op == "output").args
     own = replace(
@@ -198,7 +199,7 @@ def compile_captured(captured: Captured, x: torch.Tensor, options: Options) -> P
     check_canonical(canonical, "mark_activity")
     clock.mark("activity")
     batch = canonical.x.meta[VAL].shape[: captured.batch_ndim]
-    given = {g.name: g.stand_in(batch, x.dtype) for g in options.given}
+    given = {g.name: g.stand_in(batch, x.dtype) for g in options.given if not g.constant}
     plans = {
         output.name: make_plan(canonical, options.strategy, output, given)
         for output in planned(options.outputs)

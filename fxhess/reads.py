@@ -136,9 +136,9 @@ _ASKING = (
 
 
 class Questions:
-    """Answers what one trace asks.  ``inputs``: x and the model's tensors, as the trace's own
-    inputs are ordered; ``where`` tells what runs now; ``apart``: the trace is for many samples at
-    once, so that nothing may depend on their values."""
+    """Answers what one trace asks.  ``inputs``: x, constants and the model's tensors, as the
+    trace's own inputs are ordered; ``where`` tells what runs now; ``apart``: the trace is for many
+    samples at once, so that nothing may depend on their values."""
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ from torch import nn
 
 from fxhess import oracle
 from fxhess.errors import FxhessError
+from fxhess.form import PLAIN, Call, Form
+from fxhess.intake import one_tensor
 
 if TYPE_CHECKING:
     from fxhess.module import HessianModule
@@ -37,34 +40,35 @@ class Verification:
         )
 
 
-def verify(hess: HessianModule, x: torch.Tensor, samples: int) -> Verification:
+def verify(hess: HessianModule, call: Call, samples: int) -> Verification:
     """See :meth:`fxhess.module.HessianModule.verify`."""
-    from fxhess.module import HessianModule
-
-    event_ndim = hess.options.event_ndim
-    nb = x.ndim - event_ndim
-    event = x.shape[nb:]
-    x = x.detach()
-    if nb:
-        x = x.reshape(-1, *event)[:samples]
-        x = x[(slice(None), *(None,) * (nb - 1))]
-    whole = HessianModule(hess.model, "hessian", event_ndim, hess.options.strategy)
+    whole = hess.sibling("hessian")
+    form = call.form
+    event_ndim = hess.options.event_ndim if form is PLAIN else form.packing.event_ndim
+    nb = call.x.ndim - event_ndim
+    x = _some(call.x, nb, samples)
+    constants = [
+        _some(c, nb, samples) if given.batched else c.detach()
+        for c, given in zip(call.constants, call.described, strict=False)
+    ]
+    call = Call(form, x, constants, tuple(g for g in call.described if g.constant))
     seed = torch.randint(2**31, ()).item()
     with torch.random.fork_rng():
         torch.manual_seed(int(seed))
-        got = whole(x)
-    reference = _reference(hess.model, x, event_ndim)
+        (got,) = whole.results(call)
+    model = _Double(hess.model)
+    if whole.is_summed(call):
+        reference = _summed_reference(model, call, nb)
+    else:
+        reference = _reference(model, call, nb).reshape(got.shape)
     got64 = got.detach().double()
-    summed = _is_summed(whole, x)
-    if summed:
-        reference = _summed_reference(hess.model, x, event_ndim)
     scale = max(reference.abs().max().item(), 1e-30) if reference.numel() else 1.0
     error = (got64 - reference).abs().max().item() / scale if got.numel() else 0.0
-    n = event.numel()
+    n = x.shape[nb:].numel()
     square = got.reshape(-1, n, n)
     symmetric = bool(torch.equal(square, square.mT)) or not bool(torch.isfinite(square).all())
     allowed = 1e-9 if x.dtype == torch.float64 else 100 * torch.finfo(x.dtype).eps * 10
-    result = Verification(error, allowed, x.reshape(-1, *event).shape[0] if nb else 1, symmetric)
+    result = Verification(error, allowed, x.shape[0] if nb else 1, symmetric)
     if not (error <= allowed and symmetric):
         raise VerificationError(
             f"the Hessian is off: {result}",
@@ -73,22 +77,66 @@ def verify(hess: HessianModule, x: torch.Tensor, samples: int) -> Verification:
     return result
 
 
-def _is_summed(whole: HessianModule, x: torch.Tensor) -> bool:
-    binding = whole._find(x)
-    return binding is not None and binding.summed
+def _some(tensor: torch.Tensor, nb: int, samples: int) -> torch.Tensor:
+    """The first samples, along the first of ``nb`` batch axes."""
+    tensor = tensor.detach()
+    if not nb:
+        return tensor
+    return tensor.reshape(-1, *tensor.shape[nb:])[:samples][(slice(None), *(None,) * (nb - 1))]
 
 
-def _reference(model: nn.Module, x: torch.Tensor, event_ndim: int) -> torch.Tensor:
-    return oracle.hessian(oracle.double(model), x.double(), event_ndim)
+def _double(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _summed_reference(model: nn.Module, x: torch.Tensor, event_ndim: int) -> torch.Tensor:
+class _Double:
+    """A model in float64, the modules that it closes over included; it stays as it is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        named = (model.named_parameters, model.named_buffers)
+        self.tensors = {
+            name: _double(tensor.detach().clone())
+            for names in named
+            for name, tensor in names(remove_duplicate=False)
+        }
+
+    def __call__(
+        self, form: Form, x: torch.Tensor, constants: Sequence[torch.Tensor], alone: int
+    ) -> torch.Tensor:
+        args, kwargs, own = form.arguments(x, constants, alone)
+        tensors = {**self.tensors, **own}
+        result = torch.func.functional_call(self.model, tensors, args, kwargs, tie_weights=False)
+        return form.reduced(one_tensor(result))
+
+
+def _reference(model: _Double, call: Call, nb: int) -> torch.Tensor:
+    """Of one sample at a time, one after the other."""
+    found = []
+    for i in range(call.x.shape[0] if nb else 1):
+        place = (i, *(0,) * (nb - 1)) if nb else ()
+        constants = [
+            _double(c[place] if given.batched else c)
+            for c, given in zip(call.constants, call.described, strict=True)
+        ]
+        sample = call.x[place].double()
+        found.append(
+            oracle.hessian(
+                lambda s, constants=constants: model(call.form, s, constants, nb),
+                sample,
+                sample.ndim,
+            )
+        )
+    return torch.stack(found)
+
+
+def _summed_reference(model: _Double, call: Call, nb: int) -> torch.Tensor:
     """Diagonal blocks of the Hessian of the sum over the batch, by double backward."""
-    nb = x.ndim - event_ndim
-    event = x.shape[nb:]
-    point = x.double().requires_grad_(True)
+    batch, event = call.x.shape[:nb], call.x.shape[nb:]
+    point = call.x.double().requires_grad_(True)
+    constants = [_double(c) for c in call.constants]
     with torch.enable_grad():
-        total = oracle.double(model)(point).sum()  # type: ignore[operator]
+        total = model(call.form, point, constants, 0).sum()
         (gradient,) = torch.autograd.grad(total, point, create_graph=True)
         flat = gradient.reshape(-1, event.numel())
         rows = []
@@ -101,4 +149,4 @@ def _summed_reference(model: nn.Module, x: torch.Tensor, event_ndim: int) -> tor
             )
             rows.append(torch.zeros_like(point) if row is None else row)
     stacked = torch.stack(rows, nb)
-    return stacked.reshape(*x.shape[:nb], *event, *event).detach()
+    return stacked.reshape(*batch, *event, *event).detach()

@@ -27,6 +27,7 @@ from fxhess.emit import ORIGIN, VAL, Emitter, Var, nominal_batch
 from fxhess.errors import CaptureError, FxhessError, UnsupportedOpError
 from fxhess.facts import FACT, Canonical, Fact
 from fxhess.functions import called
+from fxhess.outputs import Given
 from fxhess.passes import signatures
 from fxhess.passes.bound import Bound, Raw
 from fxhess.passes.layout import Atom, Laid, Layouts
@@ -92,15 +93,19 @@ class _Walk:
         """Rewrite all that the targets need."""
         nodes = list(self.captured.graph_module.graph.nodes)
         placeholders = [n for n in nodes if n.op == "placeholder"]
+        constants = self.captured.constants
+        after = 1 + len(constants)
         self._enter_x(placeholders[0], x)
         taken: set[str] = set()
+        for node, constant in zip(placeholders[1:after], constants, strict=True):
+            name = _identifier("c", constant.name, taken)
+            self.values[node] = self._enter_constant(name, constant, x)
         for i, (node, source) in enumerate(
-            zip(placeholders[1:], self.captured.sources, strict=True)
+            zip(placeholders[after:], self.captured.sources, strict=True)
         ):
             val = node.meta["val"]
             stand_in = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device="meta")
-            name = "_".join(source.path) or f"constant_{i}"
-            name = _identifier(name, taken)
+            name = _identifier("p", "_".join(source.path) or f"constant_{i}", taken)
             var = self.emitter.placeholder(name, stand_in)
             self.values[node] = Raw(var, tuple(val.shape))
         needed = ancestors(*targets)
@@ -132,19 +137,32 @@ class _Walk:
             ) from failure
 
     def _enter_x(self, node: fx.Node, x: torch.Tensor) -> None:
-        nb = self.captured.batch_ndim
-        batch_sizes = [
-            int(known) if known.is_number else nominal  # a number that the model was traced for
-            for known, nominal in zip(self.captured.sizes, nominal_batch(nb), strict=True)
-        ]
-        sizes = [*batch_sizes, *x.shape[nb:]]
+        sizes = [*self._batch_sizes(), *x.shape[self.captured.batch_ndim :]]
         var = self.emitter.placeholder("x", torch.empty(sizes, dtype=x.dtype, device="meta"))
         self.layouts.x = var
-        event = [Atom(int(s)) for s in x.shape[nb:]]
+        self.values[node] = self._per_sample(var, active=True)
+
+    def _enter_constant(self, name: str, constant: Given, x: torch.Tensor) -> Laid | Raw:
+        """A constant of the call: like x where it is given for each sample, but not active."""
+        stand_in = constant.stand_in(self._batch_sizes(), x.dtype)
+        var = self.emitter.placeholder(name, stand_in, varies=True)
+        return self._per_sample(var) if constant.batched else Raw(var, constant.event)
+
+    def _batch_sizes(self) -> list[int]:
+        return [
+            int(known) if known.is_number else nominal  # a number that the model was traced for
+            for known, nominal in zip(
+                self.captured.sizes, nominal_batch(self.captured.batch_ndim), strict=True
+            )
+        ]
+
+    def _per_sample(self, var: Var, active: bool = False) -> Laid:
+        nb = self.captured.batch_ndim
+        event = [Atom(int(s)) for s in var.val.shape[nb:]]
         batch = [Atom(0, i) for i in range(nb)]
-        var.node.meta[FACT] = Fact(kinds.Zero(), (), (), active=True)
+        var.node.meta[FACT] = Fact(kinds.Zero(), (), (), active=active)
         axes = event if self.captured.implied else [*batch, *event]
-        self.values[node] = Laid(var, tuple((a,) for a in axes))
+        return Laid(var, tuple((a,) for a in axes))
 
     def _step(self, node: fx.Node) -> Any:
         origin = node.meta.get(ORIGIN)
@@ -292,9 +310,11 @@ def _shape(val: torch.Tensor) -> tuple[Any, ...]:
     return tuple(int(e) if e.is_number else e for e in expressions)
 
 
-def _identifier(name: str, taken: set[str]) -> str:
+def _identifier(kind: str, name: str, taken: set[str]) -> str:
     """A name for generated code that says where the tensor is read; added to ``taken``."""
-    clean = "p_" + "".join(c if c.isascii() and (c.isalnum() or c == "_") else "_" for c in name)
+    clean = f"{kind}_" + "".join(
+        c if c.isascii() and (c.isalnum() or c == "_") else "_" for c in name
+    )
     clean = clean.lower()
     while clean in taken:
         clean += "_"

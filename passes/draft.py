@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from fxhess.contraction import Factor, contract, evaluate
-from fxhess.emit import ORIGIN, VAL, Emitter, Var
+from fxhess.emit import ORIGIN, VAL, VARIES, Emitter, Var
 from fxhess.errors import SampleMixingError
 from fxhess.facts import Canonical, is_active, known_fact, operands
 from fxhess.kinds import Label, is_curved
@@ -95,10 +95,13 @@ class Draft:
 
     def _primal(self, given: Mapping[str, torch.Tensor]) -> None:
         """Every value of the canonical graph, as plain operations."""
+        inputs = [n for n in self.canonical.nodes() if n.op == "placeholder" and n.meta[VARIES]]
         for node in self.canonical.nodes():
             if node.op == "placeholder":
-                self.values[node] = self.emitter.placeholder(str(node.target), node.meta[VAL])
-                if node is self.canonical.x:
+                self.values[node] = self.emitter.placeholder(
+                    str(node.target), node.meta[VAL], node.meta[VARIES]
+                )
+                if node is inputs[-1]:
                     for name, val in given.items():
                         self.given[name] = self.emitter.placeholder(name, val, varies=True)
                 continue

@@ -118,14 +118,24 @@ class Probe:
         self._xs = [self._sample(x, noise) for noise in self._noise]
         self._values: list[dict[fx.Node, Any]] = [{} for _ in self._noise]
 
-    def _sample(self, x: torch.Tensor, noise: float) -> torch.Tensor:
+    def _constants(self) -> list[torch.Tensor]:
+        """The constants of the call, for as many samples."""
+        pairs = zip(self.captured.examples, self.captured.constants, strict=True)
+        return [self._resized(c) if given.batched else c for c, given in pairs]
+
+    def _resized(self, x: torch.Tensor) -> torch.Tensor:
+        """As many samples as are tried, those of x over and over."""
         generator = torch.Generator().manual_seed(0)
-        x = x.detach()
         for axis, n in enumerate(self.sizes):
             if x.shape[axis] == 0:
                 shape = [*x.shape[:axis], n, *x.shape[axis + 1 :]]
                 x = torch.randn(shape, generator=generator).to(x)
             x = x.index_select(axis, torch.arange(n, device=x.device) % x.shape[axis])
+        return x
+
+    def _sample(self, x: torch.Tensor, noise: float) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        x = self._resized(x.detach())
         scale = float(x.abs().mean()) if x.numel() else 1.0
         scale = scale if 0 < scale < float("inf") else 1.0
         drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64)
@@ -164,7 +174,7 @@ class Probe:
         if not values:
             places = [n for n in self.captured.graph_module.graph.nodes if n.op == "placeholder"]
             tensors = [t.detach() for t in self.captured.tensors]
-            values.update(zip(places, [x, *tensors], strict=True))
+            values.update(zip(places, [x, *self._constants(), *tensors], strict=True))
         for node in _ancestors(region.inputs):
             if node not in values:
                 args = fx.node.map_arg(node.args, values.__getitem__)

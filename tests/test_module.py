@@ -357,7 +357,7 @@ def test_verify_and_explain():
     with pytest.raises(fxhess.VerificationError):
         broken = fxhess.transform(mlp(4, 5, 1))
         broken.specialize(X)
-        program = next(iter(broken._bindings.values()))[0].program
+        program = next(iter(broken.programs.bindings.values()))[0].program
         program.graph_module.forward = lambda x, *rest: torch.zeros(3, 4, 4, dtype=x.dtype)
         try:
             broken.verify(X)

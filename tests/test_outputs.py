@@ -179,7 +179,7 @@ def test_parts_never_hold_a_hessian():
     ):  # fmt: skip
         hess = fxhess.transform(model, output)
         hess(x, **given)
-        binding = next(iter(hess._bindings.values()))[0]
+        binding = next(iter(hess.programs.bindings.values()))[0]
         for node in binding.program.graph_module.graph.nodes:
             val = node.meta.get("val")
             if isinstance(val, torch.Tensor) and node.meta.get("varies") and val.numel():

@@ -200,7 +200,7 @@ def test_out_of_memory_halves_the_tiles_once(failures, monkeypatch):
     monkeypatch.setitem(execute.cost.TILE_BYTES, "cpu", 60_000)
     x = randn(60, 6)
     want = hess(x).clone()
-    execution = next(iter(hess._bindings.values()))[0].program.execution
+    execution = next(iter(hess.programs.bindings.values()))[0].program.execution
     sizes: list[int] = []
     left = failures
     original = execution.body.forward
@@ -229,7 +229,7 @@ def test_other_errors_in_a_tile_are_not_retried(monkeypatch):
     model = frozen(6, 40, 40, 1)
     hess = fxhess.transform(model, max_memory=12_000_000)
     hess(randn(3, 6))
-    execution = next(iter(hess._bindings.values()))[0].program.execution
+    execution = next(iter(hess.programs.bindings.values()))[0].program.execution
     calls = []
 
     def failing(*args):
@@ -246,7 +246,7 @@ def test_other_errors_in_a_tile_are_not_retried(monkeypatch):
 
 
 def _fails_to_fit(hess, x):
-    binding = next(iter(hess._bindings.values()))[0]
+    binding = next(iter(hess.programs.bindings.values()))[0]
     return not binding.program.execution.fits(x, True, hess.running.max_memory)
 
 
