@@ -346,57 +346,6 @@ def with_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-@contextlib.contextmanager
-def exporting() -> Iterator[None]:
-    """Inside, ``torch.compiler.is_exporting()`` is true: code that then avoids branches on values
-    (as that of Hugging Face's models) does so.  Nor do distributions look at the values of their
-    arguments, unless told to one by one."""
-    checked = torch.distributions.Distribution._validate_args
-    torch.distributions.Distribution.set_default_validate_args(False)
-    names = [n for n in ("_is_compiling_flag", "_is_exporting_flag") if hasattr(torch.compiler, n)]
-    before = [getattr(torch.compiler, n) for n in names]
-    for name in names:
-        setattr(torch.compiler, name, True)
-    try:
-        yield
-    finally:
-        torch.distributions.Distribution.set_default_validate_args(checked)
-        for name, flag in zip(names, before, strict=True):
-            setattr(torch.compiler, name, flag)
-
-
-@contextlib.contextmanager
-def plain_layers() -> Iterator[None]:
-    """Inside, recurrent layers in float32 are traced as they are composed, not as one operation of
-    oneDNN's.  (The public context manager writes other settings too, and warns of them.)"""
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
-
-
-@contextlib.contextmanager
-def plain_attention() -> Any:
-    """Inside, attention is traced in its mathematical form, which has second derivatives; and a
-    mask is used as it is: transformer stacks look at its values to see whether it is causal, which
-    only chooses among kernels."""
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    stacks = torch.nn.modules.transformer
-    detect = getattr(stacks, "_detect_is_causal_mask", None)
-    if detect is not None:
-        stacks._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
-    try:
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        if detect is not None:
-            stacks._detect_is_causal_mask = detect
-
-
 def autocasting(device: torch.device) -> torch.dtype | None:
     """The type that ``torch.autocast`` casts to on a device now, None where it is off."""
     kind = device.type

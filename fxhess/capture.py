@@ -21,7 +21,7 @@ from torch._ops import HigherOrderOperator  # the type only; it has no public na
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from fxhess import _torch, _traced, registry
+from fxhess import _settings, _torch, _traced, registry
 from fxhess.closures import tensor_paths
 from fxhess.emit import ORIGIN
 from fxhess.errors import CaptureError, FxhessError, Origin
@@ -156,11 +156,11 @@ def capture(
     rewrites = {op: _located(op, rewrite, open_modules) for op, rewrite in rewrites.items()}
     with (
         exclusive(),
-        _torch.plain_attention(),
-        _torch.exporting(),
+        _settings.plain_attention(),
+        _settings.exporting(),
         _traced.unrolled(),
         torch.compiler.set_stance("force_eager"),  # what the user compiled is traced as it was
-        _torch.plain_layers(),
+        _settings.plain_layers(),
         torch.enable_grad(),
         whole_functions(),
         questions.asked(),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxhess._torch import plain_attention
+from fxhess._settings import plain_attention
 
 Model = nn.Module | Callable[..., Any]
 

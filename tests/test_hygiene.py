@@ -27,7 +27,18 @@ EVERYTHING = SOURCES + sorted(
 # for all modules of these packages.
 LAYERS = (
     {"errors", "lines", "units", "layered"},
-    {"emit", "kinds", "triangle", "outputs", "steps", "_torch", "_traced", "_running", "_direct"},
+    {
+        "emit",
+        "kinds",
+        "triangle",
+        "outputs",
+        "steps",
+        "_torch",
+        "_settings",
+        "_traced",
+        "_running",
+        "_direct",
+    },
     {"store", "clock", "rates"},
     {"functions", "closures", "collector", "intake", "oracle", "sources", "trees", "packing"},
     {"form", "wrt"},

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxhess import registry
-from fxhess._torch import plain_attention
+from fxhess._settings import plain_attention
 from fxhess.capture import capture
 from fxhess.closures import as_module
 from fxhess.kinds import Composite
