@@ -294,6 +294,11 @@ def quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
+def tracing() -> bool:
+    """Whether what is computed now is traced."""
+    return get_proxy_mode() is not None
+
+
 def newest_node() -> fx.Node | None:
     """The last node of the graph being traced by now (None outside of a trace)."""
     mode = get_proxy_mode()
@@ -360,21 +365,3 @@ def as_written(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     if autocasting(device) is None:
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
-
-
-def transforming() -> bool:
-    """Whether a functional transform (``torch.func.vmap``, ``grad``, ..) is under way."""
-    try:
-        return torch._C._functorch.peek_interpreter_stack() is not None
-    except AttributeError:  # pragma: no cover - a PyTorch that moved it: take the plain path
-        return True
-
-
-def outside_of_modes() -> contextlib.AbstractContextManager[Any]:
-    """Inside, no tracing mode sees what is computed; where PyTorch has none such, nothing changes
-    and what needs it is not traced."""
-    try:
-        from torch.utils._python_dispatch import _disable_current_modes
-    except ImportError:  # pragma: no cover - a future PyTorch that moved it
-        return contextlib.nullcontext()
-    return _disable_current_modes()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxhess import _torch
+from fxhess import _outside
 from fxhess.binding import Binding, bind, keep
 from fxhess.cache import programs
 from fxhess.capture import capture
@@ -143,7 +143,7 @@ class Apart:
         """The results, in the order of the outputs."""
         if traced():
             return self._traced(x, given)
-        if _torch.transforming():
+        if _outside.transforming():
             raise transformed()
         batch, event = x.shape[: self.batch_ndim], x.shape[self.batch_ndim :]
         xs = x.reshape(-1, *event)

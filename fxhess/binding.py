@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxhess import _torch
+from fxhess import _outside, _torch
 from fxhess.cache import programs
 from fxhess.capture import Captured
 from fxhess.checks import check_tensors, check_types
@@ -80,7 +80,7 @@ class Binding:
             return False
         if self.structure is None or traced():
             return True
-        if self.structure.varying is not None and _torch.transforming():
+        if self.structure.varying is not None and _outside.transforming():
             raise transformed()
         return self.structure.holds((x, *constants))
 
@@ -117,7 +117,7 @@ class Binding:
             if whole or torch.compiler.is_exporting():
                 return run_whole(program.fused, x, given, tensors)
             return runner.traced(x, given, tensors)  # type: ignore[union-attr]
-        if type(x) not in (torch.Tensor, nn.Parameter) or _torch.transforming():
+        if type(x) not in (torch.Tensor, nn.Parameter) or _outside.transforming():
             return run_whole(program.graph_module, x, given, tensors)
         execution = program.execution
         if running.max_memory is not None:
@@ -137,7 +137,7 @@ class Binding:
     ) -> Repeat | None:
         """How to run the same again where :meth:`run` takes the plain program as it is; None where
         it does not."""
-        plain = type(x) in (torch.Tensor, nn.Parameter) and not _torch.transforming()
+        plain = type(x) in (torch.Tensor, nn.Parameter) and not _outside.transforming()
         plain = plain and not _torch.autocasting(x.device) and not _wanted([x, *tensors])
         if not plain or not self.unconditional or running.max_memory is not None:
             return None

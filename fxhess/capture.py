@@ -21,7 +21,7 @@ from torch._ops import HigherOrderOperator  # the type only; it has no public na
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from fxhess import _settings, _torch, _traced, registry
+from fxhess import _outside, _settings, _torch, _traced, registry
 from fxhess.closures import tensor_paths
 from fxhess.emit import ORIGIN
 from fxhess.errors import CaptureError, FxhessError, Origin
@@ -87,6 +87,8 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any | None = None
     ) -> Any:
+        if not _torch.tracing():  # a program is made, or a value asked for: not the model's own
+            return func(*args, **(kwargs or {}))
         before = _torch.newest_node()
         again = self if isinstance(func, HigherOrderOperator) else nullcontext()
         with again:  # what a control flow operator calls is the model's own
@@ -146,12 +148,13 @@ def capture(
             result = torch.func.functional_call(model, given, args, kwargs, tie_weights=False)
             return _without(alone, form.reduced(one_tensor(result)))
 
-    tensors = [t.detach() for t in named.values()]
-    examples = tuple(c.detach() for c in constants)
+    inputs = [x, *constants, *named.values()]
+    known = [t if _outside.has_values(t) else None for t in inputs]
+    x, *others = map(_outside.plain, inputs)
+    tensors = [t.detach() for t in others[count:]]
+    examples = tuple(c.detach() for c in others[:count])
     given = [(c, d.batched) for c, d in zip(examples, described, strict=True)]
-    questions = Questions(
-        [x, *examples, *tensors], lambda op: _here(op, open_modules), apart=batch_ndim > 0
-    )
+    questions = Questions(known, lambda op: _here(op, open_modules), apart=batch_ndim > 0)
     rewrites = questions.answers(registry.decompositions())
     rewrites = {op: _located(op, rewrite, open_modules) for op, rewrite in rewrites.items()}
     with (

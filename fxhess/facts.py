@@ -51,7 +51,8 @@ class Canonical:
 
     ``batch_ndim`` counts the batch axes; ``summed`` tells that the model returns the plain sum
     over the batch of separate terms; ``vector`` that it returns ``[*batch, m]``; ``device`` is
-    where it runs.
+    where it runs; ``outputs``: sizes of the model's own axes, where these are several that are one
+    here.
     """
 
     graph: fx.Graph
@@ -61,6 +62,7 @@ class Canonical:
     summed: bool
     vector: bool
     device: torch.device
+    outputs: tuple[int, ...] = ()
 
     def event(self, node: fx.Node) -> tuple[int, ...]:
         """Shape of one sample of the value."""

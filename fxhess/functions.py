@@ -18,7 +18,7 @@ from torch import fx
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fxhess import _torch
+from fxhess import _outside
 
 _library = torch.library.Library("fxhess", "DEF")
 _library.define("function(Tensor[] tensors, int token) -> Tensor[]")
@@ -157,7 +157,7 @@ def _by_running(call: FunctionCall, tensors: list[torch.Tensor]) -> list[torch.T
         ]
 
     def shapes(scale: int) -> list[tuple[list[int], torch.dtype]]:
-        with _torch.outside_of_modes():
+        with _outside.outside_of_modes():
             real = []
             for t in tensors:
                 shape = [scale if isinstance(s, torch.SymInt) else s for s in t.shape]

@@ -11,13 +11,16 @@ from torch import nn
 
 from fxhess.errors import CaptureError, InputError
 
+# Where wrappers come from that gather weights, or sum gradients, when the wrapped module is called.
+_DISTRIBUTED = ("torch.nn.parallel.distributed", "torch.distributed")
+
 
 def check_model(model: nn.Module) -> None:
     """Refuse modules that cannot be read yet, or not at all.
 
     Raises:
         InputError: a lazily initialized module that has not seen an input.
-        CaptureError: a module compiled by TorchScript.
+        CaptureError: a module compiled by TorchScript, or wrapped for several processes.
     """
     for path, module in model.named_modules():
         name = f"'{path}'" if path else "the model"
@@ -25,6 +28,13 @@ def check_model(model: nn.Module) -> None:
             raise CaptureError(
                 f"{name} is compiled by TorchScript, which hides its operations and weights",
                 hint="pass the Python module that it was made from",
+            )
+        if any(c.__module__.startswith(_DISTRIBUTED) for c in type(module).__mro__):
+            raise CaptureError(
+                f"{name} is {type(module).__name__}, which communicates when it is called itself;"
+                " derivatives are computed without calling it",
+                hint="wrap what holds the transformed module, or it itself: DDP(hess),"
+                " fully_shard(hess); not the model in it",
             )
         tensors = (*module._parameters.values(), *module._buffers.values())
         if any(nn.parameter.is_lazy(t) for t in tensors):

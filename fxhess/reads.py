@@ -22,7 +22,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from fxhess import _torch, _traced, registry
+from fxhess import _outside, _torch, _traced, registry
 from fxhess.errors import CaptureError, InputError, Origin, SampleStructureError, UnsupportedOpError
 
 _library = torch.library.Library("fxhess", "FRAGMENT")
@@ -137,12 +137,13 @@ _ASKING = (
 
 class Questions:
     """Answers what one trace asks.  ``inputs``: x, constants and the model's tensors, as the
-    trace's own inputs are ordered; ``where`` tells what runs now; ``apart``: the trace is for many
-    samples at once, so that nothing may depend on their values."""
+    trace's own inputs are ordered, None for those whose values are not known; ``where`` tells what
+    runs now; ``apart``: the trace is for many samples at once, so that nothing may depend on their
+    values."""
 
     def __init__(
         self,
-        inputs: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor | None],
         where: Callable[[str], Origin],
         apart: bool,
     ) -> None:
@@ -211,7 +212,7 @@ class Questions:
             raise SampleStructureError("the structure depends on the values of x", where=origin)
         plain = tuple(_OPERAND if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
         try:
-            with _torch.outside_of_modes(), torch.no_grad():
+            with _outside.outside_of_modes(), torch.no_grad():
                 operands = tuple(self._value(node, constants).detach().clone() for node in nodes)
                 seen = Read(op, spec, plain, operands, (), origin, varying).answer(operands)
                 if op is _VALUES:  # in Python's own types here, where no mode sees it
@@ -240,11 +241,13 @@ class Questions:
         nodes = list(node.graph.nodes)
         if not self._values:
             places = [n for n in nodes if n.op == "placeholder"]
-            given = [t.detach().clone() for t in self.inputs]
+            given = [None if t is None else t.detach().clone() for t in self.inputs]
             self._values.update(zip(places, given, strict=True))
         writes = _torch.writes_in_place(node.graph)
         needed = None if writes else _traced.ancestors(node)
         for other in nodes:  # in order, so that what is written in place is read after
+            if self._values.get(other, other) is None and (needed is None or other in needed):
+                raise transformed()
             if other in self._values or (needed is not None and other not in needed):
                 continue
             if other.op == "get_attr":
@@ -269,8 +272,8 @@ def _asking() -> list[Any]:
 def transformed() -> InputError:
     """The refusal to look at values inside of a functional transform."""
     return InputError(
-        "the structure of the model depends on the values of x, which nobody knows inside of a"
-        " functional transform (torch.func.vmap, grad, ..)",
+        "the structure of the model depends on the values of x or of weights, which nobody knows"
+        " inside of a functional transform (torch.func.vmap, grad, ..) or of another model's trace",
         hint="call it outside: it is batched by itself",
     )
 

@@ -85,11 +85,12 @@ def exclusive() -> Iterator[None]:
     """Inside, no other thread captures a model, or reads one."""
     global _epoch
     with _capturing:
-        _epoch += 1
+        nested = _epoch % 2  # a model that is captured may call a transformed one
+        _epoch += 1 - nested
         try:
             yield
         finally:
-            _epoch += 1
+            _epoch += 1 - nested
 
 
 def tracing_elsewhere() -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxhess import _torch
+from fxhess import _outside, _torch
 from fxhess.apart import Apart
 from fxhess.arguments import Arguments
 from fxhess.binding import Binding, bind, first, keep
@@ -29,7 +29,6 @@ from fxhess.execute import Running
 from fxhess.form import PLAIN, Call
 from fxhess.outputs import check_entries, parse, refuse_details
 from fxhess.pipeline import Options
-from fxhess.sources import tracing_elsewhere
 
 _NONE: list[Any] = []
 _FIRST = "call it once, or hess.specialize(x), before torch.compile or torch.export"
@@ -106,11 +105,10 @@ class Programs:
         check_input(x, options.event_ndim)
         for output in options.outputs:
             check_entries(output, x.shape[x.ndim - options.event_ndim :])
-        if tracing_elsewhere():
+        if any(isinstance(n, torch.SymInt) for n in x.shape[x.ndim - options.event_ndim :]):
             raise InputError(
-                "this module has no program for such an x yet, and none can be made while"
-                " PyTorch traces it",
-                hint=_FIRST,
+                f"the shape of a sample is not known while PyTorch traces this call: {x.shape}",
+                hint="trace or export it with no axes dynamic but those of the batch",
             )
         with self._lock, collector_paused():
             found = self.find(call)
@@ -137,8 +135,10 @@ class Programs:
     def _bound(self, call: Call, options: Options) -> Binding:
         nb = call.x.ndim - options.event_ndim
         constants = [g for g in call.described if g.constant]
-        captured = capture(self.model, call.x, nb, 0, call.form, call.constants, constants)
-        return bind(self.model, captured, call.x, options)
+        with _outside.outside():
+            x, *given = map(_outside.plain, (call.x, *call.constants))
+            captured = capture(self.model, x, nb, 0, call.form, given, constants)
+            return bind(self.model, captured, x, options)
 
     def _apart(self, known: list[Any], call: Call, options: Options, where: Any = None) -> Apart:
         known[:] = [Apart(self.model, options, call, where, self.running)]

@@ -13,6 +13,7 @@ operation it is never matters.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -53,7 +54,7 @@ def canonicalize(captured: Captured, x: torch.Tensor, fallback: str = "allow") -
     Raises:
         SampleMixingError: an operation lets samples see each other.
         UnsupportedOpError: an operation on the path from x cannot be differentiated twice.
-        CaptureError: the model does not return a scalar or vector per sample.
+        CaptureError: the model does not return numbers of each sample.
     """
     return _Walk.of(captured, x, fallback).run(x)
 
@@ -224,14 +225,14 @@ class _Walk:
         return var
 
     def _leave(self, result: Any, device: torch.device) -> Canonical:
-        """The model's output as ``[*batch]`` or ``[*batch, m]``."""
+        """The model's output as ``[*batch]`` or ``[*batch, m]``: several axes as one."""
         nb = self.captured.batch_ndim
         shape = tuple(self.captured.output.meta["val"].shape)
         if isinstance(result, Raw):
             result = self._constant(result)
-        allowed = "[*batch], [*batch, 1] or [*batch, m], or a scalar summed over the batch"
+        allowed = "[*batch], [*batch, 1], [*batch, m, ..], or a scalar summed over the batch"
         wrong = CaptureError(
-            f"the model's output of shape {_pretty(shape)} is no scalar or vector per sample",
+            f"the model's output of shape {_pretty(shape)} is not one of each sample",
             where=self.captured.output.meta.get(ORIGIN),
             hint=f"return {allowed}; with event_ndim={len(self.layouts.x.val.shape) - nb}, "  # type: ignore[union-attr]
             f"the first {nb} axes of x are batch axes",
@@ -247,14 +248,18 @@ class _Walk:
         head, rest = groups[: len(batched)], groups[len(batched) :]
         if [tuple(a.batch for a in g) for g in head] != [(i,) for i in batched]:
             raise wrong
-        if len(rest) > 1 or any(a.batch is not None for g in rest for a in g):
+        if any(a.batch is not None for g in rest for a in g):
             raise wrong
+        outputs = tuple(math.prod(a.size for a in g) for g in rest) if len(rest) > 1 else ()
+        if outputs:
+            one = tuple(a for g in rest for a in g)
+            result = Laid(result.var, (*head, one), result.summed)
         if result.summed and batched:
             raise wrong
         if rest:
             result = self.layouts.merge(result, len(batched))
-        vector = bool(rest) and result.event[0].size != 1
-        if result.summed and vector:
+        vector = bool(result.event) and result.event[0].size != 1
+        if result.summed and (vector or outputs):
             raise wrong
         node = result.var.node
         if node.meta.get(FACT) is None:
@@ -262,7 +267,7 @@ class _Walk:
         x_var = self.layouts.x
         assert x_var is not None
         return Canonical(
-            self.emitter.graph, x_var.node, node, nb, bool(result.summed), vector, device
+            self.emitter.graph, x_var.node, node, nb, bool(result.summed), vector, device, outputs
         )
 
     def _constant(self, raw: Raw) -> Laid:

@@ -72,7 +72,7 @@ def differentiate(
     if any(output.order for output in outputs):
         draft.reverse()
     writer = _Writer(draft, plans)
-    results = {output.name: writer.typed(writer.write(output)) for output in outputs}
+    results = {output.name: writer.finished(output) for output in outputs}
     return Derivative(
         draft.emitter.graph, results, draft.terms, draft.algebra.losses, draft.adjoints,
         draft.tangents_of,
@@ -164,10 +164,18 @@ class _Writer:
         self.event = draft.canonical.event(draft.canonical.x)
         self._hessian: Var | None = None
 
-    def typed(self, result: Var) -> Var:
-        """The result in the type of the model's own output."""
-        dtype = self.draft.canonical.output.meta[VAL].dtype
+    def finished(self, output: Output) -> Var:
+        """The output in the type of the model's own, and with the model's own axes."""
+        canonical = self.draft.canonical
+        result: Any = self.write(output)
+        dtype = canonical.output.meta[VAL].dtype
         with self.draft.emitter.at(None, "result"):
+            if canonical.outputs:
+                at = self.nb + (len(direction(self.draft).basis) if output.takes_vector else 0)
+                if canonical.vector:
+                    result = torch.unflatten(result, at, canonical.outputs)
+                else:
+                    result = result[(slice(None),) * at + (None,) * len(canonical.outputs)]
             return result if result.dtype == dtype else result.to(dtype)  # type: ignore[no-any-return]
 
     def write(self, output: Output) -> Var:

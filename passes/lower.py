@@ -63,7 +63,11 @@ def _meta(node: fx.Node) -> dict[str, Any]:
 
 
 def _plain_methods(node: fx.Node) -> None:
-    """Methods of Tensor read better as methods: ``x.new_zeros(..)``."""
+    """Methods of Tensor read better as methods: ``x.new_zeros(..)``; and sizes are asked as Python
+    code asks them, which functional transforms understand."""
+    if node.target is torch.ops.aten.sym_size.int:
+        node.op, node.target = "call_method", "size"
+        return
     name = getattr(node.target, "__name__", "")
     if node.op == "call_function" and getattr(torch.Tensor, name, None) is node.target:
         node.op, node.target = "call_method", name

@@ -114,10 +114,18 @@ def test_compiling_what_is_not_specialized_says_so():
     assert_close(free(x).detach(), oracle.hessian(hess.model, x))
 
 
-def test_exporting_what_is_not_specialized_says_so():
+def test_exporting_what_is_not_specialized_makes_its_program():
+    """Without Dynamo the trace runs this module's own Python: the program is made beside it."""
     hess = fxhess.transform(mlp(4, 5, 1))
+    x = randn(3, 4)
+    exported = torch.export.export(
+        hess, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
+    )
+    for batch in (3, 7):
+        x = randn(batch, 4, seed=batch)
+        assert_close(exported.module()(x).detach(), oracle.hessian(hess.model, x))
     with pytest.raises(Exception, match=r"before torch\.compile or torch\.export"):
-        torch.export.export(hess, (randn(3, 4),), strict=False)
+        torch.export.export(fxhess.transform(hess.model), (x,), strict=True)
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -75,8 +75,8 @@ def test_bad_x_at_the_first_call(name):
 
 
 BAD_MODELS = {  # name: model, error, parts of the message
-    "a matrix per sample": (
-        lambda x: x[:, None] * x[:, :, None], CaptureError, ("scalar or vector per sample",),
+    "samples in another place": (
+        lambda x: x.sin().T, CaptureError, ("not one of each sample", "axes of x are batch axes"),
     ),
     "two tensors": (lambda x: (x.sum(-1), x.exp().sum(-1)), CaptureError, ("several values",)),
     "a dictionary": (lambda x: {"y": x.sum(-1)}, CaptureError, ("several values",)),

@@ -26,7 +26,7 @@ from .cases import Case, Function, is_symmetric, seeded
 
 DIFFERENCES = 1e-5  # what central differences are good for
 
-_NO_BATCH = "is no scalar or vector per sample"  # nor is there a result of each sample
+_NO_BATCH = "is not one of each sample"  # nor is there a result of each sample
 
 CORRECTED = "double backward is not; central differences agree"
 
