@@ -22,17 +22,17 @@ _log = logging.getLogger(__name__)
 
 
 def same_inputs(
-    tensors: Sequence[torch.Tensor], free: Sequence[int], strides: bool = True
+    tensors: Sequence[torch.Tensor], batched: Sequence[int], batch_ndim: int, strides: bool = True
 ) -> Callable[..., bool] | None:
     """A check, in C++, whether other tensors have the same Python type, dtype, device, dispatch
     keys (so the same modes are on), sizes and ``strides``, and no gradient is wanted of them.  Of
-    the first one the sizes of the axes ``free`` and all strides are left open.  None where PyTorch
-    has no such check, or it would not hold for these tensors."""
+    those that are ``batched`` the sizes of the leading ``batch_ndim`` axes and all strides are left
+    open.  None where PyTorch has no such check, or it would not hold for these tensors."""
     sizes: list[Any] = [list(t.shape) for t in tensors]
     steps: list[Any] = [list(t.stride()) if strides else [None] * t.ndim for t in tensors]
-    for axis in free:
-        sizes[0][axis] = None
-    steps[0] = [None] * len(steps[0])
+    for i in batched:
+        sizes[i][:batch_ndim] = [None] * batch_ndim
+        steps[i] = [None] * len(steps[i])
     like = [
         torch.nn.Parameter(t.detach(), requires_grad=False)
         if type(t) is torch.nn.Parameter
@@ -52,64 +52,83 @@ def same_inputs(
 class Direct:
     """A functional program of x and the model's tensors, compiled once for all batch sizes but 1.
 
-    ``public`` does the same, for what cannot be compiled here.
+    With ``written``, the program takes as many tensors more, whose leading axes are x's batch axes,
+    and writes its results into them with ``copy_``.  ``public`` does the same, for what cannot be
+    compiled here.
     """
 
-    def __init__(self, module: fx.GraphModule, batch_ndim: int, public: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        batch_ndim: int,
+        public: Callable[..., Any],
+        written: int = 0,
+    ) -> None:
         self._module = module
         self._batch_ndim = batch_ndim
         self._public = public
-        self._last: tuple[Callable[..., bool], int, Callable[..., Any]] | None = None
+        self._written = written
+        # A check of the inputs, whether a batch axis may be anything but 1, threads, and the code.
+        self._last: tuple[Callable[..., bool], bool, int, Callable[..., Any]] | None = None
         self._codes: dict[Any, Callable[..., Any] | None] = {}
 
     def __call__(self, x: torch.Tensor, *tensors: torch.Tensor) -> Any:
+        if not x.is_contiguous():
+            x = x.contiguous()
         last = self._last
         if (
             last is not None
             and last[0](x, *tensors)
-            and x.is_contiguous()
-            and last[1] == torch.get_num_threads()
+            and last[1] is (min(x.shape[: self._batch_ndim], default=2) > 1)
+            and last[2] == torch.get_num_threads()
         ):
-            return last[2]([x, *tensors])
+            for out in tensors[len(tensors) - self._written :]:
+                if not out.is_contiguous():
+                    return self._public(x, *tensors)
+            return last[3]([x, *tensors])
         return self._find(x, tensors)
 
     def _find(self, x: torch.Tensor, tensors: Sequence[torch.Tensor]) -> Any:
-        batch = x.shape[: self._batch_ndim]
-        plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (x, *tensors))
         if torch._C._len_torch_dispatch_stack() > 0:  # somebody wants to see the operators
             return self._module.forward(x, *tensors)
-        if 0 in batch or not plain or x.device.type != "cpu":
+        batch = x.shape[: self._batch_ndim]
+        plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (x, *tensors))
+        outs = tensors[len(tensors) - self._written :]
+        filled = all(t.is_contiguous() and t.shape[: self._batch_ndim] == batch for t in outs)
+        if 0 in batch or not plain or not filled or x.device.type != "cpu":
             return self._public(x, *tensors)
-        x = x.contiguous()
-        known = tuple([(t.shape, t.stride(), t.dtype) for t in tensors])
-        free = [axis for axis, n in enumerate(batch) if n != 1]
+        known = tensors[: len(tensors) - self._written]
         threads = torch.get_num_threads()
-        key = (tuple(free), x.shape[self._batch_ndim :], x.dtype, known, threads)
+        key = (
+            tuple([n == 1 for n in batch]), x.shape[self._batch_ndim :], x.dtype, threads,
+            tuple([(t.shape, t.stride(), t.dtype) for t in known]),
+            tuple([(t.shape[self._batch_ndim :], t.dtype) for t in outs]),
+        )  # fmt: skip
         if key not in self._codes and len(self._codes) < _MANY:
-            self._codes[key] = _compile(self._module, x, tensors, free)
+            self._codes[key] = self._compile([x, *tensors])
         code = self._codes.get(key)
         if code is None:
             return self._public(x, *tensors)
-        check = same_inputs([x, *tensors], free)
-        if check is not None:
-            self._last = (check, threads, code)
+        several = 1 not in batch
+        batched = [0, *range(1 + len(known), 1 + len(tensors))]
+        # Where some of the batch axes are 1 and some are not, each call looks for its code.
+        if several or all(n == 1 for n in batch):
+            check = same_inputs([x, *tensors], batched, self._batch_ndim if several else 0)
+            self._last = None if check is None else (check, several, threads, code)
         return code([x, *tensors])
 
-
-def _compile(
-    module: fx.GraphModule, x: torch.Tensor, tensors: Sequence[torch.Tensor], free: Sequence[int]
-) -> Callable[..., Any] | None:
-    """Compiled code that takes a list of tensors like these; None where there is none."""
-    try:
-        return _compiled(module, [x, *tensors], free)
-    except Exception as error:
-        # Whatever it is, torch.compile says it better if it is the program's own fault.
-        _log.info("taking torch.compile instead: %s: %s", type(error).__name__, error)
-        return None
+    def _compile(self, inputs: Sequence[torch.Tensor]) -> Callable[..., Any] | None:
+        """Compiled code that takes a list of tensors like these; None where there is none."""
+        try:
+            return _compiled(self._module, inputs, self._batch_ndim, self._written)
+        except Exception as error:
+            # Whatever it is, torch.compile says it better if it is the program's own fault.
+            _log.info("taking torch.compile instead: %s: %s", type(error).__name__, error)
+            return None
 
 
 def _compiled(
-    module: fx.GraphModule, inputs: Sequence[torch.Tensor], free: Sequence[int]
+    module: fx.GraphModule, inputs: Sequence[torch.Tensor], batch_ndim: int, written: int
 ) -> Callable[..., Any] | None:
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
@@ -128,30 +147,35 @@ def _compiled(
 
     def several(*args: Any) -> tuple[Any, ...]:
         result = module.forward(*args)
-        return (result,) if single else tuple(result)
+        return (result,) if single else tuple(result or ())
 
     shapes = ShapeEnv(duck_shape=False)  # two batch axes of one size are two axes
     fake = FakeTensorMode(shape_env=shapes)
-    stand_ins = []
-    for i, tensor in enumerate(inputs):
-        sizes = [
-            DimDynamic.DYNAMIC if i == 0 and axis in free else DimDynamic.STATIC
-            for axis in range(tensor.ndim)
-        ]
-        context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
-        stand_ins.append(fake.from_tensor(tensor.detach(), symbolic_context=context))
-    options = {"cpp_wrapper": True, "size_asserts": False, "alignment_asserts": False}
-    known = {name: value for name, value in options.items() if hasattr(config, name)}
-    with torch.no_grad(), config.patch(known):
+    x, *known = inputs[: len(inputs) - written]
+    free = [axis < batch_ndim and n != 1 for axis, n in enumerate(x.shape)]
+    context: Any = StatelessSymbolicContext(
+        dynamic_sizes=[DimDynamic.DYNAMIC if f else DimDynamic.STATIC for f in free]
+    )
+    stand_ins: list[torch.Tensor] = [fake.from_tensor(x.detach(), symbolic_context=context)]
+    for tensor in known:
+        fixed: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.STATIC] * tensor.ndim)
+        stand_ins.append(fake.from_tensor(tensor.detach(), symbolic_context=fixed))
+    batch = stand_ins[0].shape[:batch_ndim]
+    with fake:
+        for out in inputs[len(inputs) - written :]:
+            stand_ins.append(torch.empty((*batch, *out.shape[batch_ndim:]), dtype=out.dtype))
+    with torch.no_grad():
         traced = make_fx(several, decomposition_table=select_decomp_table())(*stand_ins)
-        if not _is_plain(traced.graph):
-            return None
-        out = next(n for n in traced.graph.nodes if n.op == "output")
-        made = [n.meta["val"] for n in out.args[0]]
-        out.meta["user_visible_output_idxs"] = list(range(len(made)))
-        out.meta["original_output_strides"] = [tuple(v.stride()) for v in made]
-        with tracing(TracingContext(fake)):
-            code: Any = compile_fx_inner(traced, stand_ins, cpp_wrapper=True)
+    own = _is_own(traced.graph)
+    if own is None:
+        return None
+    output = next(n for n in traced.graph.nodes if n.op == "output")
+    made = [n.meta["val"] for n in output.args[0]]  # type: ignore[union-attr]
+    output.meta["user_visible_output_idxs"] = list(range(len(made)))
+    output.meta["original_output_strides"] = [tuple(v.stride()) for v in made]
+    options: dict[str, Any] = {"cpp_wrapper": own, "size_asserts": False}
+    with torch.no_grad(), config.patch(options), tracing(TracingContext(fake)):
+        code: Any = compile_fx_inner(traced, stand_ins, cpp_wrapper=own)
     if shapes.guards:  # holds for some sizes only
         return None
     call = code.current_callable
@@ -164,18 +188,24 @@ def _compiled(
     return (lambda args: call(args)[0]) if single else (lambda args: tuple(call(args)))
 
 
-def _is_plain(graph: fx.Graph) -> bool:
-    """Whether there are only PyTorch's own operators, which write nothing and draw no numbers."""
+def _is_own(graph: fx.Graph) -> bool | None:
+    """Whether there are only PyTorch's own operators, which may be called from generated C++; None
+    where an operator draws numbers or writes into anything but an input."""
+    own = True
     for node in graph.nodes:
         if node.op != "call_function":
+            if node.op not in ("placeholder", "output"):
+                return None
             continue
-        if not isinstance(node.target, torch._ops.OpOverload):
-            if getattr(node.target, "__module__", "") not in ("_operator", "math"):
-                return False
+        target: Any = node.target
+        if not isinstance(target, torch._ops.OpOverload):
+            if getattr(target, "__module__", "") not in ("_operator", "math"):
+                return None
             continue
-        random = torch.Tag.nondeterministic_seeded in node.target.tags
-        if node.target.namespace not in ("aten", "prims") or random:
-            return False
-        if node.target._schema.is_mutable:
-            return False
-    return all(n.op in ("placeholder", "call_function", "output") for n in graph.nodes)
+        if torch.Tag.nondeterministic_seeded in target.tags:
+            return None
+        fills = target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder"
+        if target._schema.is_mutable and not fills:
+            return None
+        own = own and target.namespace in ("aten", "prims")
+    return own

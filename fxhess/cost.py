@@ -16,8 +16,8 @@ from torch import fx
 from fxhess.emit import ROLE, VAL, VARIES
 from fxhess.rates import Curve, Rates
 
-# Working memory of a tile: half of the outer cache that a few cores share.
-TILE_BYTES = {"cpu": 16 << 20}
+# Working memory of a tile, about: less than half of the outer cache that a few cores share.
+TILE_BYTES = {"cpu": 12 << 20}
 
 _KEPT = 0.1  # the share of calls that find hoisted work outdated
 _CACHED = 1 << 21  # bytes that a tile's products find in the cache again

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from fxhess import _running, cost, memory
+from fxhess._direct import Direct
 from fxhess.emit import VAL
 from fxhess.errors import InputError
 from fxhess.kernels import for_compiler, use_fast_kernels, write_results
@@ -155,6 +156,8 @@ class Execution:
         that turns out to be faster."""
         body = fx.GraphModule(torch.nn.Module(), for_compiler(self.body.graph), "CompiledBody")
         fast = _running.compiled(body, self.batch_ndim, self.given)
+        if not self.given and not any(self.leads):
+            fast = Direct(body, self.batch_ndim, fast, len(self.leads))
         return _running.faster(fast, self.body.forward)
 
     def __call__(
@@ -241,7 +244,10 @@ class Execution:
     def _tile(self, x: torch.Tensor, batch: torch.Size, fresh: bool, max_memory: int | None) -> int:
         """How many entries of the first batch axis make one tile."""
         rows = batch[0] if batch else 1
-        budget = cost.TILE_BYTES.get(x.device.type)
+        _, one = self.needs(x)
+        cached = cost.TILE_BYTES.get(x.device.type)
+        # The cache's size is no sharp limit, and each tile reads the weights again.
+        count = round(rows * one / cached) if cached else 1
         if max_memory is not None:
             spare = self.spare(x, fresh, max_memory)
             least = self._least(x)
@@ -252,12 +258,10 @@ class Execution:
                     f" {max_memory - spare + least}",
                     hint="a smaller batch, out= for the result, or outputs that need less than H",
                 )
-            fitting = max(least, int(spare / _LOOSE))
-            budget = fitting if budget is None else min(budget, fitting)
-        if budget is None or not self.tiled or rows == 0:
+            fitting = max(1, least, int(spare / _LOOSE))
+            count = max(count, -(-rows * one // fitting))
+        if not self.tiled or rows == 0:
             return rows
-        _, one = self.needs(x)
-        count = -(-rows * one // budget)  # tiles, rounded up
         return -(-rows // min(rows, max(1, count)))
 
 

@@ -108,9 +108,15 @@ def _transposed_convolution_like(*args: Any) -> torch.Tensor:
 
 def for_compiler(graph: fx.Graph) -> fx.Graph:
     """A copy for compiling: kernels that PyTorch's compiler does not know as operators of their
-    own where they win over its own choice, and tiny products as sums, which it fuses."""
+    own where they win over its own choice, and tiny products as sums, which it fuses.  Results are
+    written with ``copy_`` alone, which it makes part of what computes them."""
     copy = fuse(graph)
     for node in copy.nodes:
+        if "out" in node.kwargs:
+            target = node.kwargs["out"]
+            node.kwargs = {}
+            with copy.inserting_after(node):
+                copy.call_method("copy_", (target, node))
         if node.target is flat_product:
             large = node.args[1].meta[VAL].numel() >= _LARGE_MATRIX
             node.target = torch.ops.fxhess.flat_product.default if large else torch.matmul

@@ -22,7 +22,7 @@ from fxhess.errors import (
     CaptureError,
     InputError,
 )
-from fxhess.execute import PLAIN, Execution, Running
+from fxhess.execute import PLAIN, Execution, Running, run_whole
 from fxhess.explain import Explanation
 from fxhess.form import PLAIN as FORM
 from fxhess.form import Call
@@ -168,8 +168,11 @@ class HessianModule(nn.Module):
             program = binding.program
             with torch.no_grad(), _torch.as_written(x.device):
                 execution = program.execution
-                if execution is None:
-                    return [out.copy_(program.graph_module(x, *given, *tensors))]
+                limited = self.running.max_memory is not None
+                if execution is None or not (limited or execution.worthwhile(x)):
+                    compiles = self.running.compile and not torch.compiler.is_compiling()
+                    whole = program.direct if compiles else program.graph_module.forward
+                    return [out.copy_(run_whole(whole, x, given, tensors)[0])]
                 return execution(x, tensors, [out], binding.hoisted, self.running, given)
         results = binding.run(x, given, tensors, self.running)
         if call.form is FORM and not given and not torch.compiler.is_compiling():

@@ -50,7 +50,7 @@ class Repeat:
         limit: int,
     ) -> Repeat | None:
         """None where PyTorch has no such check."""
-        check = same_inputs(inputs, range(batch_ndim), strides=False)
+        check = same_inputs(inputs, [0], batch_ndim, strides=False)
         return None if check is None else cls(model, read, run, check, limit)
 
     def call(self, x: torch.Tensor) -> Sequence[Any] | None:

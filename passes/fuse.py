@@ -178,9 +178,7 @@ class _Fusion:
             rest = self._sum([self._turned(node, turned) for node, turned in tiny.others])
         return total if rest is None else self._call(torch.add, total, rest)
 
-    def _entry(
-        self, products: Sequence[_Product], i: int, j: int, symmetric: bool
-    ) -> fx.Node:
+    def _entry(self, products: Sequence[_Product], i: int, j: int, symmetric: bool) -> fx.Node:
         """Entry (i, j) of a sum of products."""
         by_length: dict[int, list[fx.Node]] = {}
         for p in products:

@@ -49,8 +49,7 @@ def counter(monkeypatch):
 def test_one_compilation_serves_all_batch_sizes(work, counter, monkeypatch):
     if work == "large":
         monkeypatch.setattr(execute, "_WORTHWHILE", 0)
-    else:  # the public way, which small work takes where there is no shorter one
-        monkeypatch.setattr(_direct, "_compiled", lambda *_: None)
+    monkeypatch.setattr(_direct, "_compiled", lambda *_: None)  # the public way
     model = frozen(5, 9, 1)
     hess = fxhess.transform(model, compile=True)
     for n in (3, 7, 4, 12):
@@ -62,6 +61,7 @@ def test_one_compilation_serves_all_batch_sizes(work, counter, monkeypatch):
 
 
 def test_tiles_and_their_remainder_share_a_compilation(counter, monkeypatch):
+    monkeypatch.setattr(_direct, "_compiled", lambda *_: None)  # the public way
     model = frozen(6, 40, 40, 1)
     hess = fxhess.transform(model, compile=True, max_memory=12_000_000)
     monkeypatch.setitem(execute.cost.TILE_BYTES, "cpu", 100_000)
