@@ -53,7 +53,7 @@ class Repeat:
         check = same_inputs(inputs, [0], batch_ndim, strides=False)
         return None if check is None else cls(model, read, run, check, limit)
 
-    def call(self, x: torch.Tensor) -> Sequence[Any] | None:
+    def call(self, x: Any) -> Sequence[Any] | None:
         """The results; None where the call is another one."""
         for own, training, children in self._modules:
             if own["training"] is not training:
@@ -61,8 +61,8 @@ class Repeat:
             if (own["_modules"] or children) and list(own["_modules"].values()) != children:
                 return None
         tensors = self._read()
-        same = self._generation == programs.generation and self._check(x, *tensors)
-        if not same or x.numel() > self._limit:
+        same = self._generation == programs.generation and isinstance(x, torch.Tensor)
+        if not same or not self._check(x, *tensors) or x.numel() > self._limit:
             return None
         result = self._run(x, *tensors)
         return result if isinstance(result, tuple) else (result,)

@@ -123,8 +123,9 @@ def test_types_and_modes(warm):
             cast = warm(x).hessian
         assert not torch.equal(cast.float(), want)
         assert torch.equal(warm(x).hessian, want)
-    with pytest.raises(fxhess.InputError):
-        warm(x.double())
+    for wrong in (x.double(), [1.0, 2.0], None):
+        with pytest.raises(fxhess.InputError):
+            warm(wrong)
     warm.model.double()
     _check(warm, 3)
     mapped = torch.func.vmap(lambda x: warm(x).hessian)(randn(2, 3, 4))
