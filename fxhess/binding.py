@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fxhess import _outside, _torch
-from fxhess.cache import programs
+from fxhess.cache import lasting_key, programs
 from fxhess.capture import Captured
 from fxhess.checks import check_tensors, check_types
 from fxhess.errors import CaptureError, StructureWarning
@@ -159,25 +159,52 @@ def _wanted(tensors: Sequence[torch.Tensor]) -> bool:
 
 def bind(model: nn.Module, captured: Captured, x: torch.Tensor, options: Options) -> Binding:
     """The program of a captured model, compiled or found in the cache."""
-    tensors = [source.read(model) for source in captured.sources]
-    used = {
-        ".".join(source.path) or "a tensor made in forward": tensor
-        for source, tensor in zip(captured.sources, tensors, strict=True)
-    }
-    check_tensors(used, x)
-    if not captured.converts:
-        check_types(used, x, model)
+    tensors = _checked(model, captured.sources, captured.converts, x)
     key = key_of(captured, x, options)
+    program = programs.get(
+        key,
+        lambda: compile_captured(captured, x, options),
+        lambda: lasting_key(captured, key),
+    )
     return Binding(
-        programs.get(key, lambda: compile_captured(captured, x, options)),
+        program,
         captured.sources,
         Reader(captured.sources, model),
-        [(t.shape, t.dtype, t.device) for t in tensors],
+        _specs(tensors),
         captured.guards,
         captured.symbols,
         programs.generation,
         captured.structure,
     )
+
+
+def rebind(
+    model: nn.Module, program: Program, sources: list[Source], converts: bool, x: torch.Tensor
+) -> Binding:
+    """A program that is known to be the model's, for all batch sizes and values; ``converts``: see
+    :class:`fxhess.capture.Captured`."""
+    tensors = _checked(model, sources, converts, x)
+    reader = Reader(sources, model)
+    return Binding(program, sources, reader, _specs(tensors), (), (), programs.generation)
+
+
+def _checked(
+    model: nn.Module, sources: Sequence[Source], converts: bool, x: torch.Tensor
+) -> list[torch.Tensor]:
+    """The tensors of the sources, which have to fit x."""
+    tensors = [source.read(model) for source in sources]
+    used = {
+        ".".join(source.path) or "a tensor made in forward": tensor
+        for source, tensor in zip(sources, tensors, strict=True)
+    }
+    check_tensors(used, x)
+    if not converts:
+        check_types(used, x, model)
+    return tensors
+
+
+def _specs(tensors: Sequence[torch.Tensor]) -> list[tuple[torch.Size, torch.dtype, torch.device]]:
+    return [(t.shape, t.dtype, t.device) for t in tensors]
 
 
 def keep(known: list[Any], binding: Binding) -> None:

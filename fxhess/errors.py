@@ -28,6 +28,13 @@ class Origin:
             parts.append(f"at {self.line}")
         return ", ".join(parts)
 
+    @property
+    def stack_trace(self) -> str:
+        """The line as PyTorch notes it on nodes."""
+        file, _, rest = self.line.partition(":")
+        number, _, code = rest.partition(": ")
+        return f'  File "{file}", line {number}, in forward\n    {code}\n'
+
 
 class FxhessError(Exception):
     """Base of all errors of this package.

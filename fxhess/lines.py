@@ -31,7 +31,7 @@ def calling_line() -> str:
     frame = inspect.currentframe()
     while frame is not None:
         name, number = frame.f_code.co_filename, frame.f_lineno
-        if frame.f_code.co_name == "capture" and name.startswith(_HERE):
+        if frame.f_code.co_name in ("capture", "sketch") and name.startswith(_HERE):
             break
         if not name.startswith(INTERNAL):
             return f"{name}:{number}: {linecache.getline(name, number).strip()}"

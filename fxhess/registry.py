@@ -82,6 +82,11 @@ def rules() -> Iterator[Rule]:
     return iter(tuple(_rules.values()))
 
 
+def table() -> dict[OpOverload, Rule]:
+    """The table as it is now: a copy."""
+    return dict(_rules)
+
+
 def version() -> int:
     """Grows with every registration: part of the key of every plan."""
     return _version

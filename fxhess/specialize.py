@@ -12,9 +12,8 @@ from torch import nn
 from fxhess import _outside, _torch
 from fxhess.apart import Apart
 from fxhess.arguments import Arguments
-from fxhess.binding import Binding, bind, first, keep
+from fxhess.binding import Binding, first, keep
 from fxhess.cache import programs
-from fxhess.capture import capture
 from fxhess.checks import check_input, check_model
 from fxhess.closures import FunctionModule
 from fxhess.collector import collector_paused
@@ -29,6 +28,7 @@ from fxhess.execute import Running
 from fxhess.form import PLAIN, Call
 from fxhess.outputs import check_entries, parse, refuse_details
 from fxhess.pipeline import Options
+from fxhess.recall import bound
 
 _NONE: list[Any] = []
 _FIRST = "call it once, or hess.specialize(x), before torch.compile or torch.export"
@@ -133,12 +133,9 @@ class Programs:
             return binding
 
     def _bound(self, call: Call, options: Options) -> Binding:
-        nb = call.x.ndim - options.event_ndim
-        constants = [g for g in call.described if g.constant]
         with _outside.outside():
             x, *given = map(_outside.plain, (call.x, *call.constants))
-            captured = capture(self.model, x, nb, 0, call.form, given, constants)
-            return bind(self.model, captured, x, options)
+            return bound(self.model, Call(call.form, x, given, call.described), options)
 
     def _apart(self, known: list[Any], call: Call, options: Options, where: Any = None) -> Apart:
         known[:] = [Apart(self.model, options, call, where, self.running)]

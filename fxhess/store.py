@@ -22,7 +22,14 @@ def folder() -> Path | None:
     off, or others could write into it (with a warning)."""
     if os.environ.get("FXHESS_CACHE") == "0":
         return None
-    path = Path(os.environ.get("FXHESS_CACHE_DIR") or platformdirs.user_cache_path("fxhess"))
+    return checked(
+        Path(os.environ.get("FXHESS_CACHE_DIR") or platformdirs.user_cache_path("fxhess"))
+    )
+
+
+def checked(path: Path) -> Path | None:
+    """The folder (which need not exist yet), or None where others could write into it (with a
+    warning)."""
     try:
         found = path.stat()
     except FileNotFoundError:

@@ -53,9 +53,7 @@ def _meta(node: fx.Node) -> dict[str, Any]:
     if isinstance(origin, Origin):
         meta[ORIGIN] = origin
         if origin.line:
-            file, _, rest = origin.line.partition(":")
-            number, _, code = rest.partition(": ")
-            meta["stack_trace"] = f'  File "{file}", line {number}, in forward\n    {code}\n'
+            meta["stack_trace"] = origin.stack_trace
     for key in (ROLE, VAL, VARIES):
         if key in node.meta:
             meta[key] = node.meta[key]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -12,8 +13,13 @@ import torch
 import fxhess
 from fxhess import registry
 
-# Plans of the built-in rates, in all processes started here; not of what this machine keeps.
-os.environ["FXHESS_CACHE"] = "0"
+# Plans of the built-in rates, in all processes started here, made anew; not of what this machine
+# keeps.  FXHESS_TEST_CACHE names a folder to keep them in: in a second run they come from there.
+_kept = os.environ.get("FXHESS_TEST_CACHE")
+if _kept:
+    os.environ["FXHESS_CACHE_DIR"] = _kept
+else:
+    os.environ["FXHESS_CACHE"] = "0"
 
 # The same examples at every run; `--hypothesis-profile=search` looks for new ones.
 hypothesis.settings.register_profile(
@@ -39,4 +45,15 @@ def rule_table() -> Iterator[None]:
     yield
     registry._rules.clear()
     registry._rules.update(saved)
+    fxhess.cache_clear()
+
+
+@pytest.fixture
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Plans are kept in a folder of the test's own; nothing is in memory before and after."""
+    monkeypatch.delenv("FXHESS_CACHE", raising=False)
+    monkeypatch.delenv("FXHESS_CACHE_SIZE", raising=False)
+    monkeypatch.setenv("FXHESS_CACHE_DIR", str(tmp_path / "kept"))
+    fxhess.cache_clear(disk=True)
+    yield tmp_path / "kept" / "plans"
     fxhess.cache_clear()
