@@ -25,7 +25,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxhess import _settings, _torch, _traced, registry
+from fxhess import _outside, _settings, _torch, _traced, registry
 from fxhess.closures import tensor_paths
 from fxhess.form import PLAIN, Form
 from fxhess.functions import whole_functions
@@ -274,7 +274,7 @@ def sketch(
 ) -> Sketch | None:
     """The sketch of the model for calls of this ``form`` and all sizes of the first ``batch_ndim``
     axes (see :func:`fxhess.capture.capture`); None where it cannot be told."""
-    if FakeTensorMode is None or batch_ndim > len(_BATCH) or _torch.transforming():
+    if FakeTensorMode is None or batch_ndim > len(_BATCH) or _outside.transforming():
         return None
     if _modes() or _torch.autocasting(x.device):
         return None
