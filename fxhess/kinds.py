@@ -160,11 +160,16 @@ class Smooth:
     ``curve(call, g, i, j, t)`` is the derivative of operand i's cotangent (for the adjoint g)
     when operand j moves along t: ``C_ij t``.  All three act on tensors with any leading axes,
     which broadcast against each other.
+
+    With ``later``, curve is given one thing more: h, the second derivative of all that follows by
+    y along the mixed axes, everything else fixed, ``[*lead of g, *batch, *y, *mixed of y]``.  For
+    quotients of differences of g, of which h tells the limit where they are 0 / 0.
     """
 
     push: Callable[..., Any]
     pull: Callable[..., Any]
     curve: Callable[..., Any]
+    later: bool = False
 
 
 @dataclass(frozen=True)

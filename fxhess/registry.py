@@ -32,9 +32,10 @@ class Rule:
     derivatives ``kind`` gives, in order; by default all of them for :class:`~fxhess.kinds.
     Elementwise` and :class:`~fxhess.kinds.Multilinear`, otherwise the first one.  ``output``: the
     index of the result that carries derivatives, for operators with several (the others carry
-    none).  ``rewrite``: a plain PyTorch function of the operator's own signature, tried first at
-    capture: it returns the result in simpler operations, or ``NotImplemented`` to keep the
-    operator (a slice of the whole axis, a power of 2).
+    none); ``alone``: the rule holds only where no other result is used.  ``rewrite``: a plain
+    PyTorch function of the operator's own signature, tried first at capture: it returns the result
+    in simpler operations, or ``NotImplemented`` to keep the operator (a slice of the whole axis, a
+    power of 2).
     """
 
     op: OpOverload
@@ -43,6 +44,7 @@ class Rule:
     differentiable: tuple[str, ...] = ()
     output: int | None = None
     rewrite: Callable[..., Any] | None = None
+    alone: bool = False
 
 
 _rules: dict[OpOverload, Rule] = {}
@@ -186,10 +188,12 @@ def smooth(
     curve: Callable[..., Any],
     differentiable: tuple[str, ...] = (),
     output: int | None = None,
+    later: bool = False,
+    alone: bool = False,
 ) -> Rule:
     """An operation with forms of its own: see :class:`fxhess.kinds.Smooth`."""
-    kind = kinds.Smooth(push, pull, curve)
-    return register_rule(Rule(op, axes, kind, differentiable, output))
+    kind = kinds.Smooth(push, pull, curve, later)
+    return register_rule(Rule(op, axes, kind, differentiable, output, alone=alone))
 
 
 def composite(*ops: OpOverload) -> Callable[[F], F]:

@@ -188,6 +188,8 @@ class _Walk:
         PyTorch's own derivatives of it."""
         rule = find(node.target)
         failure: Exception | None = None
+        if rule is not None and rule.alone and _others_used(node, rule.output):
+            rule = None
         if rule is not None and not isinstance(rule.kind, kinds.Composite):
             bound = Bound(rule, _arguments(rule, args, kwargs), node.meta["val"], self.layouts)
             try:
@@ -300,6 +302,14 @@ def _arguments(rule: Rule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> di
         else:
             bound[argument.name] = argument.default_value if argument.has_default_value() else None
     return bound
+
+
+def _others_used(node: fx.Node, output: int | None) -> bool:
+    """Whether a result other than this one is used."""
+    return any(
+        user.target is not operator.getitem or (user.args[1] != output and len(user.users) > 0)
+        for user in node.users
+    )
 
 
 def _holds_laid(value: Any) -> bool:

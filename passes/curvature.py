@@ -62,12 +62,15 @@ class Moved:
         return [self, Moved(self.j, self.i, self.swapped, self.weight, self.apply)]
 
 
-def curvature(forms: Forms, node: fx.Node, g: Structured) -> list[Curvature | Moved]:
-    """The terms of the node's second form for the adjoint g."""
+def curvature(
+    forms: Forms, node: fx.Node, g: Structured, h: Var | None = None
+) -> list[Curvature | Moved]:
+    """The terms of the node's second form for the adjoint g; ``h``: the second derivative of what
+    follows, ``[*outputs, *batch, *event, *mixed]``, for kinds that ask for it."""
     known = forms.fact(node)
     kind = known.kind
     if isinstance(kind, Smooth):
-        return _smooth(forms, node, g)
+        return _smooth(forms, node, g, h)
     if not isinstance(kind, (Elementwise, Multilinear)):
         return []
     inputs, output, _ = forms.labelled(node)
@@ -106,7 +109,7 @@ def curvature(forms: Forms, node: fx.Node, g: Structured) -> list[Curvature | Mo
     return terms
 
 
-def _smooth(forms: Forms, node: fx.Node, g: Structured) -> list[Curvature | Moved]:
+def _smooth(forms: Forms, node: fx.Node, g: Structured, h: Var | None) -> list[Curvature | Moved]:
     known = forms.fact(node)
     kind = known.kind
     assert isinstance(kind, Smooth)
@@ -119,14 +122,14 @@ def _smooth(forms: Forms, node: fx.Node, g: Structured) -> list[Curvature | Move
         for i in range(j + 1):
             a, b = known.operands[i], known.operands[j]
             if is_active(a) and is_active(b):
-                apply = _moving(forms, node, g, call, i, j)
-                swapped = None if i == j else _moving(forms, node, g, call, j, i)
+                apply = _moving(forms, node, g, call, i, j, h)
+                swapped = None if i == j else _moving(forms, node, g, call, j, i, h)
                 terms.append(Moved(a, b, apply, 0.5 if i == j else 1.0, swapped))
     return terms
 
 
 def _moving(
-    forms: Forms, node: fx.Node, g: Structured, call: Call, i: int, j: int
+    forms: Forms, node: fx.Node, g: Structured, call: Call, i: int, j: int, h: Var | None
 ) -> Callable[[Structured], Structured]:
     known = forms.fact(node)
     kind = known.kind
@@ -138,9 +141,11 @@ def _moving(
         t = forms.algebra.widen(forms.algebra.untie(t, range(len(t.ties))), own)
         adjoint, tangent = forms.algebra.tensor(g), forms.algebra.tensor(t)
         m, n = len(g.free), len(t.free)
+        lift = (slice(None),) * m + (None,) * n
         if m and n:
-            adjoint = adjoint[(slice(None),) * m + (None,) * n]  # type: ignore[assignment]
-        core = curve(call, adjoint, i, j, tangent)
+            adjoint = adjoint[lift]  # type: ignore[assignment]
+        given = () if h is None else (h[lift] if n else h,)
+        core = curve(call, adjoint, i, j, tangent, *given)
         event = forms.canonical.event(known.operands[i])
         forms.check_rank(node, core, m + n + forms.nb + len(event))
         return Structured(core, (None,) * len(event), (*g.basis, *t.basis), event)

@@ -17,7 +17,7 @@ from fxhess.contraction import Factor, contract, evaluate
 from fxhess.emit import ORIGIN, VAL, VARIES, Emitter, Var
 from fxhess.errors import SampleMixingError
 from fxhess.facts import Canonical, is_active, known_fact, operands
-from fxhess.kinds import Label, is_curved
+from fxhess.kinds import Label, Smooth, is_curved
 from fxhess.passes.curvature import Curvature, Moved, curvature
 from fxhess.passes.forms import Forms
 from fxhess.passes.guard import guard
@@ -221,10 +221,12 @@ class Draft:
         nodes = self.between(base, following)
         start = start or self.start(base)
         half = Half(self._basis(start), self.outputs, part=start.part)
+        inside = {base, *nodes}
         terms: list[tuple[fx.Node, str, Curvature | Moved]] = []
         for node in nodes:
             if is_curved(known_fact(node).kind) and node in self.adjoints:
-                terms += [(node, "close", term) for term in self._curvature(node)]
+                own = self._curvature(node)
+                terms += [(node, "close", t) for t in own if t.i in inside and t.j in inside]
         if following is not None and later is not None:
             carried = self.halves.later_terms(following, later)
             terms += [(following, "rebase", term) for term in carried]
@@ -284,8 +286,24 @@ class Draft:
     def _curvature(self, node: fx.Node) -> list[Curvature | Moved]:
         if node not in self._curvatures:
             with self.emitter.at(node.meta.get(ORIGIN), "curvature"):
-                self._curvatures[node] = curvature(self.forms, node, self.adjoints[node])
+                kind = known_fact(node).kind
+                h = self._later(node) if isinstance(kind, Smooth) and kind.later else None
+                self._curvatures[node] = curvature(self.forms, node, self.adjoints[node], h)
         return self._curvatures[node]
+
+    def _later(self, node: fx.Node) -> Var:
+        """The second derivative of all that follows by the node's value, everything else fixed:
+        ``[*outputs, *batch, *event, *mixed axes]``."""
+        passed = frozenset(out for out in known_fact(node).axes[0] if out is not None)
+        start = self.start(node)
+        count = len(self.terms)
+        part = Start(start.left, start.right, Part(passed), key="later")
+        half, _ = self.piece(Piece(node), start=part)
+        del self.terms[count:]  # no terms of the Hessian
+        whole: Any = self.halves.whole(half)
+        m = len(self.outputs)
+        order = [*range(self.nb, self.nb + m), *range(self.nb), *range(self.nb + m, whole.ndim)]
+        return torch.permute(whole, order) if m else whole  # type: ignore[no-any-return, return-value]
 
     def _part(
         self,

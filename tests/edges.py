@@ -223,6 +223,13 @@ TAILS = [
         (0, 0), Z4),
 ]  # fmt: skip
 
+
+def _exponential(m: torch.Tensor) -> torch.Tensor:
+    values, vectors = torch.linalg.eigh(m)
+    return vectors * values.exp()[:, None] @ vectors.mT
+
+
+SQUARES = (2, 0, 0, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 0, 0, 2)  # of |M|^2, M the symmetric part
 MATRICES = [
     Row("`det` of rank 1", matrix(torch.linalg.det), (1.0, 2.0, 2.0, 4.0), (4, -2, -2, 1),
         (0, 0, 0, 1, 0, -0.5, -0.5, 0, 0, -0.5, -0.5, 0, 1, 0, 0, 0),
@@ -239,10 +246,16 @@ MATRICES = [
     Row("`eigvalsh`, largest, simple", matrix(lambda m: torch.linalg.eigvalsh(m)[:, -1]),
         (1.0, 0.0, 0.0, 2.0), (0, 0, 0, 1),
         (0, 0, 0, 0, 0, 0.5, 0.5, 0, 0, 0.5, 0.5, 0, 0, 0, 0, 0)),
-    Row("sum of squares of `eigvalsh` at the identity: NaN (write `(m * m).sum()`, `matrix_exp`, "
-        "`logdet`: functions of the matrix)",
+    Row("`eigvalsh`, largest of two equal", matrix(lambda m: torch.linalg.eigvalsh(m)[:, -1]),
+        (1.0, 0.0, 0.0, 1.0), (0, 0, 0, 1), (0,) * 16,
+        "0 is taken for the kink between them, as for a norm at 0"),
+    Row("sum of squares of `eigvalsh` at the identity",
         matrix(lambda m: torch.linalg.eigvalsh(m) ** 2), (1.0, 0.0, 0.0, 1.0), (2, 0, 0, 2),
-        (NAN,) * 16),
+        SQUARES, SMOOTH),
+    Row("sum of squares of `svdvals` at 0", matrix(lambda m: torch.linalg.svdvals(m) ** 2),
+        Z4, Z4, SQUARES, SMOOTH),
+    Row("sum of V exp(l) Vᵀ, by the vectors of `eigh`, at the identity (write `matrix_exp`)",
+        matrix(_exponential), (1.0, 0.0, 0.0, 1.0), (NAN,) * 4, (NAN,) * 16),
     Row("`matrix_exp` at 0", matrix(torch.linalg.matrix_exp), Z4, (1, 1, 1, 1),
         (1, 0.5, 0.5, 0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0, 0.5, 0.5, 1)),
 ]  # fmt: skip
@@ -267,13 +280,22 @@ there. Of ties: what PyTorch's first derivative takes. Where a norm or root has 
 entry that is not chosen (`where`, `masked_fill`, indices, slices, maxima, clamps) does not count,
 whatever its value; nor do entries that are constants (written by `where`, `masked_fill` or at an
 index, turned off by `relu` or `clamp`, multiplied by a 0), but for a sum of entries that are all
-turned off, or multiplied by 0. No NaN where the function is twice differentiable, but at repeated
-eigenvalues, below.
+turned off, or multiplied by 0. No NaN where the function is twice differentiable, but for
+functions of eigenvectors where eigenvalues repeat, below.
 Every row is a test, from one list (`tests/edges.py`); the table is written by
 `python -m tests.edges --write docs/conventions.md`{version}.
 
 Functions of a norm, such as its square, take the norm's derivatives at 0: write `(x * x).sum()`,
 not `x.norm() ** 2`, where x may be 0.
+
+Functions of eigenvalues or singular values that are smooth where these repeat (a sum of squares, a
+log-determinant: all that treat equal ones alike) have their derivatives there: the quotients
+(g_i - g_j) / (l_i - l_j) of the gradient g by the values have limits, which the second derivative
+of what follows tells. Where there is no limit (the largest of two equal) the pair counts as 0, like
+a norm at 0. A gradient through such a Hessian, and what depends on eigenvectors or singular
+vectors, is PyTorch's: NaN, or noise where rounding has split equal values. There the first
+derivative is 0 / 0 already, and what follows would have to be differentiated three times to tell
+the second's limit.
 
 Value, gradient and Hessian have the type of the model's own result: float32 for a float32 model,
 bfloat16 inside `torch.autocast("cpu", torch.bfloat16)`, float64 where float64 weights meet a
