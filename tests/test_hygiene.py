@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(p for d in ("fxhess", "passes", "rules") for p in (ROOT / d).glob("*.py"))
 EVERYTHING = SOURCES + sorted(
     p
-    for d in ("tests", "tests/samples", "tests/conformance", "benchmarks")
+    for d in ("tests", "tests/samples", "tests/conformance", "benchmarks", "examples")
     for p in (ROOT / d).glob("*.py")
 )
 
