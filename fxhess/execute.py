@@ -22,6 +22,7 @@ from fxhess.kernels import for_compiler, use_fast_kernels, write_results
 from fxhess.outputs import Given
 from fxhess.passes.hoist import hoist
 from fxhess.passes.simplify import is_repeatable
+from fxhess.progress import advance
 
 _WORTHWHILE = 5_000_000  # operations; below, the fixed cost of this way of running shows
 _WORTH_A_CALL = 30_000  # operations a sample; below, a compiler does better with all it can see
@@ -190,7 +191,8 @@ class Execution:
         else:
             axes = [0, *(g.batch_axis for g in self.given)]
             places = [len(lead) for lead in self.leads]
-            _fill(body, [x, *given], axes, hoisted, list(zip(out, places, strict=True)), step)
+            into = list(zip(out, places, strict=True))
+            _fill(body, [x, *given], axes, hoisted, into, step, batch[1:].numel())
         return list(out)
 
     def results(self, batch: Sequence[int]) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -277,9 +279,10 @@ def _fill(
     hoisted: Sequence[Any],
     out: Sequence[tuple[torch.Tensor, int]],
     step: int,
+    samples: int,
 ) -> None:
     """Run tile by tile, along these axes of the inputs and of the results; where memory runs out,
-    once more with tiles half as large."""
+    once more with tiles half as large.  ``samples``: how many each row of x holds."""
     start, halved = 0, False
     rows = inputs[0].shape[0]
     while start < rows:
@@ -295,6 +298,7 @@ def _fill(
                 raise
             step, halved = step // 2, True
             continue
+        advance((stop - start) * samples)
         start = stop
 
 

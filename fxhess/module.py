@@ -28,6 +28,7 @@ from fxhess.form import PLAIN as FORM
 from fxhess.form import Call
 from fxhess.outputs import given_for, is_detailed, parse
 from fxhess.pipeline import Options
+from fxhess.progress import shown
 from fxhess.repeat import Repeat
 from fxhess.rows import hessian_by_rows
 from fxhess.sources import traced
@@ -81,6 +82,7 @@ class HessianModule(nn.Module):
         vector: Any = None,
         metric: Any = None,
         out: torch.Tensor | None = None,
+        progress: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Derivatives at ``x: [*batch, *event]``: Hessians ``[*batch, *event, *event]``, or
@@ -98,6 +100,9 @@ class HessianModule(nn.Module):
                 for each sample, ``[*batch, *event, *event]``; only its symmetric part counts.
             out: a tensor that the (only) output is written into and that is returned; no
                 gradient flows through it.
+            progress: show a bar (of tqdm, on standard error) that moves after each tile.  Ctrl-C
+                stops any call before the next operation: the module stays as it was, ``out`` is
+                written in part.
 
         Raises:
             InputError: an argument, ``vector``, ``metric`` or ``out`` does not fit.
@@ -107,7 +112,7 @@ class HessianModule(nn.Module):
         if torch.compiler.is_compiling():
             pass  # below, everything is looked at by name: that is what a compiler can prove
         elif self._last is not None and vector is None and metric is None and out is None:
-            results = None if args or kwargs else self._as_before(x)
+            results = None if args or kwargs or progress else self._as_before(x)
             if results is not None:
                 return results
         if x is not _ABSENT:
@@ -115,6 +120,9 @@ class HessianModule(nn.Module):
         call = self._read(args, kwargs)
         if vector is not None or metric is not None or self._takes_vector:
             self._give(call, vector, metric)
+        if progress and not torch.compiler.is_compiling():
+            with shown(self.programs.samples(call)):
+                return self._named(call, self.results(call, out))
         return self._named(call, self.results(call, out))
 
     def _as_before(self, x: Any) -> Any:

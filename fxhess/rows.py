@@ -11,6 +11,7 @@ import torch
 from fxhess import memory
 from fxhess.errors import InputError
 from fxhess.execute import Execution
+from fxhess.progress import advance, hidden
 
 _BLOCK = 512  # rows and columns that are made symmetric at once
 
@@ -50,8 +51,10 @@ def hessian_by_rows(
     for b in range(len(samples)):
         for start in range(0, n, count):
             start = min(start, n - count)  # the last slice reaches back: all have one size
-            rows = product(samples[b : b + 1], _directions(samples, start, count))
+            with hidden():
+                rows = product(samples[b : b + 1], _directions(samples, start, count))
             flat[b, :, start : start + count] = rows.reshape(count, -1, n).movedim(0, 1)
+            advance(count / n)
         _make_symmetric(flat[b])
     return out if whole is out else out.copy_(whole)
 

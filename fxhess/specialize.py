@@ -69,6 +69,11 @@ class Programs:
             refuse_details(outputs)
         return replace(self.plain, event_ndim=event_ndim, outputs=outputs)
 
+    def samples(self, call: Call) -> int:
+        """How many samples the call has, 1 where x has too few axes to tell."""
+        batch_ndim = call.x.ndim - self.options(call).event_ndim
+        return call.x.shape[: max(0, batch_ndim)].numel()
+
     def find(self, call: Call) -> Binding | Apart | None:
         """The program for a call, if there is one."""
         if self.follows and not torch.compiler.is_compiling():

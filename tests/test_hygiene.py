@@ -39,7 +39,7 @@ LAYERS = (
         "_running",
         "_direct",
     },
-    {"store", "clock", "rates", "disk", "naming", "_outside"},
+    {"store", "clock", "progress", "rates", "disk", "naming", "_outside"},
     {"functions", "closures", "collector", "intake", "oracle", "sources", "trees", "packing"},
     {"form", "wrt"},
     {"arguments"},
