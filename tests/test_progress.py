@@ -55,7 +55,7 @@ def test_the_bar_moves_with_the_tiles(bars):
         H = hess(x, progress=True)
         assert torch.equal(H, hess(x))
     (bar,) = bars
-    tiles = hess.explain(x).tiles
+    tiles = hess._found(x).program.execution.tiles(x)
     assert tiles > 2 and len(bar.steps) == tiles + 1  # the last one fills what is left: nothing
     assert bar.n == bar.total == 12000 and bar.closed and bar.steps[-1] == 0
     assert progress._bar.get() is None
