@@ -1,45 +1,85 @@
-"""The command line: ``fxhess COMMAND`` and ``python -m fxhess COMMAND``."""
+"""The command line: ``fxhess COMMAND`` and ``python -m fxhess COMMAND``.
+
+Exit status: 0, all went well; 1, a check failed (a wrong value, too slow); 2, what was asked for
+does not exist or does not fit; 3, fxhess or the model refused; 130, interrupted.
+"""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import fxhess
-from fxhess import demo
+from fxhess import cli, demo
+from fxhess.named import UsageError
 
 __all__ = ["main"]
 
+_STATUS = """
+exit status: 0 all went well; 1 a check failed (a wrong value, too slow); 2 what was asked for does
+not exist or does not fit; 3 fxhess or the model refused; 130 interrupted.
+"""
+
 
 class Command(NamedTuple):
-    """One subcommand: its summary in a line, its arguments, and how it runs (to an exit status)."""
+    """One subcommand: its summary in a line, its arguments, how it runs (to an exit status), and
+    the end of its help."""
 
     summary: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+    epilog: str = ""
 
 
 COMMANDS = {
-    "demo": Command(demo.SUMMARY, demo.add_arguments, demo.run),
+    "demo": Command(demo.SUMMARY, demo.add_arguments, demo.run, "\nexample:\n  fxhess demo\n"),
+    **{name: Command(*command) for name, command in cli.COMMANDS.items()},
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; ``argv`` without the program's name, by default the process's own.
 
-    Returns the exit status: 0 if all went well, 1 if a check failed (argparse itself exits with 2).
+    Returns the exit status; see the module's docstring (argparse itself exits with 2).
     """
+    plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="fxhess", description="Exact per-sample Hessians of PyTorch models."
+        prog="fxhess",
+        description="Exact per-sample Hessians of PyTorch models.",
+        epilog=_STATUS,
+        formatter_class=plain,
     )
     parser.add_argument("--version", action="version", version=f"fxhess {fxhess.__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    own = {}
     for name, command in COMMANDS.items():
-        command.add_arguments(
-            subparsers.add_parser(name, help=command.summary, description=command.summary)
+        own[name] = subparsers.add_parser(
+            name,
+            help=command.summary,
+            description=command.summary,
+            epilog=command.epilog + _STATUS,
+            formatter_class=plain,
         )
+        command.add_arguments(own[name])
     arguments = parser.parse_args(argv)
-    return COMMANDS[arguments.command].run(arguments)
+    try:
+        return COMMANDS[arguments.command].run(arguments)
+    except UsageError as error:
+        own[arguments.command].print_usage(sys.stderr)
+        return _tell(arguments.command, str(error), cli.USAGE)
+    except fxhess.FxhessError as error:
+        return _tell(arguments.command, f"{type(error).__name__}: {error}", cli.REFUSED)
+    except KeyboardInterrupt:
+        return _tell(arguments.command, "interrupted", 130)
+    except BrokenPipeError:  # whoever reads has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _tell(command: str, message: str, status: int) -> int:
+    print(f"fxhess {command}: {message}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -56,7 +56,9 @@ LAYERS = (
     {"specialize"},
     {"module"},
     {"api"},
-    {"testing", "demo"},
+    {"testing", "demo", "named", "compared"},
+    {"terminal"},
+    {"cli"},
     {"__main__", "__init__"},
 )
 RULES_MAY_IMPORT = {"registry", "kinds", "emit", "errors", "rules"}
