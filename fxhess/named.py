@@ -47,7 +47,7 @@ def find_model(name: str) -> nn.Module | Callable[..., Any]:
     if isinstance(found, nn.Module):
         return found
     if not callable(found):
-        raise UsageError(f"{name} is a {type(found).__name__}, neither a module nor a function")
+        raise UsageError(f"{name} is a {type(found).__name__}, no module and no function")
     needed = _needed(found)
     if needed and not inspect.isclass(found):
         return found  # type: ignore[no-any-return]

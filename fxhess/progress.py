@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+_DELAY = 0.2  # seconds before a bar appears
 # The bar of the call under way, in this thread; None where none was asked for.
 _bar: ContextVar[Any] = ContextVar("bar", default=None)
 
@@ -17,7 +18,7 @@ def shown(samples: int) -> Iterator[None]:
     any case, full where nothing was raised."""
     from tqdm.auto import tqdm  # here, so that importing fxhess stays light
 
-    with tqdm(total=samples, desc="fxhess", unit="sample", unit_scale=True, delay=0.2) as bar:
+    with tqdm(total=samples, desc="fxhess", unit="sample", unit_scale=True, delay=_DELAY) as bar:
         token = _bar.set(bar)
         try:
             yield
