@@ -247,17 +247,29 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
 
 
 def run_cache(arguments: argparse.Namespace) -> int:
+    before = cache.cache_info().disk
     if arguments.action == "clear":
-        cache.cache_clear()
-    info = cache.cache_info()._asdict()
-    folder = store.folder()
+        cache.cache_clear(disk=True)
+    disk = cache.cache_info().disk
+    removed = before.entries - disk.entries
+    status = WRONG if arguments.action == "clear" and disk.entries else 0
     if arguments.json:
-        print_json({"folder": str(folder) if folder else None, **info})
-        return 0
-    rows = [("folder", str(folder) if folder else "none: FXHESS_CACHE=0")]
-    rows += [(name, str(value)) for name, value in info.items()]
-    terminal.console().print(terminal.table(("cache", "*"), rows))
-    return 0
+        folder = None if disk.path is None else str(disk.path)
+        print_json({**disk._asdict(), "path": folder, "removed": removed})
+        return status
+    out = terminal.console()
+    if arguments.action == "clear":
+        out.print(
+            Text(f"{removed} programs removed" + (f", {disk.entries} left" if status else ""))
+        )
+        return status
+    rows = [
+        ("folder", str(disk.path) if disk.path else "none: turned off, or not ours alone"),
+        ("programs", f"{disk.entries:,}"),
+        ("size", f"{si(disk.bytes)}B of at most {si(disk.maxbytes)}B"),
+    ]
+    out.print(terminal.table(("cache", ""), rows))
+    return status
 
 
 # Name: summary, what it adds to the parser, how it runs, and what --help says at its end.
@@ -318,6 +330,7 @@ examples:
 examples:
   fxhess cache info
   fxhess cache clear
+  FXHESS_CACHE_DIR=/scratch/plans fxhess cache info --json
 """,
     ),
 }

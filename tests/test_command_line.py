@@ -291,12 +291,23 @@ def test_calibrate(capsys, tmp_path, monkeypatch):
     fxhess.cache_clear()
 
 
-def test_cache(capsys):
+def test_cache(capsys, tmp_path, monkeypatch):
+    assert run("cache", "info", "--json") == 0  # turned off in tests
+    assert json.loads(capsys.readouterr().out)["path"] is None
+    monkeypatch.setenv("FXHESS_CACHE", "1")
+    monkeypatch.setenv("FXHESS_CACHE_DIR", str(tmp_path / "kept"))
+    fxhess.cache_clear()
+    assert run("explain", "cli_models:net", "--shape", "4,5", "--json") == 0
+    capsys.readouterr()
     assert run("cache", "info", "--json") == 0
-    assert {"folder", "hits", "misses", "size"} <= {*json.loads(capsys.readouterr().out)}
+    told = json.loads(capsys.readouterr().out)
+    assert told["entries"] > 0 and told["bytes"] > 0 and str(tmp_path) in told["path"]
     assert run("cache", "info") == 0
-    assert "hits" in capsys.readouterr().out
+    assert re.search(rf"programs +{told['entries']}\b", capsys.readouterr().out)
     assert run("cache", "clear") == 0
+    assert "programs removed" in capsys.readouterr().out
+    assert run("cache", "info", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["entries"] == 0
     with pytest.raises(SystemExit) as done:
         run("cache", "burn")
     assert done.value.code == 2
