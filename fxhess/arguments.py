@@ -7,8 +7,8 @@ each sample, or a *shared* one; other values are a part of the program.  All of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,13 +17,49 @@ from torch import nn
 from fxhess import trees
 from fxhess.errors import InputError
 from fxhess.form import Call, Form
+from fxhess.in_dims import batch_axes, leading, told
 from fxhess.outputs import Given
 from fxhess.packing import Packing
 from fxhess.trees import TENSOR, Flat, Path
 from fxhess.wrt import Names, Parameters, Wrt, parameters_of, parse_wrt
 
 REDUCTIONS = ("sum", "mean")
-AUTO = "auto"  # nothing is said of a tensor's batch axis
+_MAX_READINGS = 256
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """A parameter to differentiate by: its place among the choices of ``wrt``, all its names."""
+
+    place: int
+    names: tuple[str, ...]
+    tensor: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What calls with tensors of some shapes are: their form, constants as ``described``, and which
+    leaves are ``chosen`` to be differentiated (from -1 down: parameters) and which are not."""
+
+    form: Form
+    described: tuple[Given, ...]
+    chosen: tuple[int, ...]
+    others: tuple[int, ...]
+    batch: torch.Size
+
+    def call(self, leaves: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> Call:
+        """The call with these tensors."""
+        form = self.form
+        parts = [
+            parameters[-1 - i].expand(*self.batch, *parameters[-1 - i].shape) if i < 0
+            else leaves[i].expand(*self.batch, *leaves[i].shape) if axis is None
+            else leading(leaves[i], axis)
+            for i, axis in zip(self.chosen, form.parts, strict=True)
+        ]  # fmt: skip
+        given = [
+            leading(leaves[i], axis) for i, axis in zip(self.others, form.constants, strict=True)
+        ]
+        return Call(form, form.packing.pack(parts), given, self.described)
 
 
 class Arguments:
@@ -46,6 +82,7 @@ class Arguments:
                 f"reduce={reduce!r} sums over samples, each of which has its own {_named(wrt)}",
                 hint="reduce goes with wrt=fxhess.parameters(..), which all samples share",
             )
+        self._readings: dict[Any, _Reading] = {}
         self.instead: dict[Form, Form] = {}  # of calls that were guessed wrong, the right form
 
     @property
@@ -83,225 +120,163 @@ class Arguments:
             tuple, (0, 1),
             ((tuple, tuple(range(len(args))), positional), (dict, tuple(kwargs), named)),
         )  # fmt: skip
-        by_name = dict(zip([self.names.at(i) for i in range(len(args))], positional, strict=True))
-        by_name.update(zip(kwargs, named, strict=True))
-        chosen, parameters, result = self._chosen(model, flat, by_name)
-        axes = self._axes(flat, len(args), by_name)
-        return self._put(flat, spec, chosen, parameters, result, axes)
+        parameters = self._parameters(model)
+        key: Any = (
+            spec,
+            tuple([(t.shape, t.dtype, t.device) for t in flat.tensors]),
+            tuple([(p.names, p.tensor.shape, p.tensor.dtype) for p in parameters]),
+        )
+        known = not torch.compiler.is_compiling()
+        reading = self._readings.get(key) if known else None
+        if reading is None:
+            by_name = dict(zip(map(self.names.at, range(len(args))), positional, strict=True))
+            by_name.update(zip(kwargs, named, strict=True))
+            chosen, result = self._chosen(flat, by_name, parameters)
+            said = told(self.in_dims, flat, self.names, by_name)
+            reading = self._corrected(self._put(flat, spec, chosen, parameters, result, said))
+            if known:
+                if len(self._readings) >= _MAX_READINGS:
+                    self._readings.clear()
+                self._readings[key] = reading
+        return reading.call(flat.tensors, [p.tensor for p in parameters])
 
     # --- what is differentiated -----------------------------------------------------------------
 
-    def _chosen(
-        self, model: nn.Module, flat: Flat, by_name: dict[str, Any]
-    ) -> tuple[list[int], dict[tuple[str, ...], torch.Tensor], Any]:
-        """Positions of differentiated tensors among the leaves, parameters, and the structure of
-        both as ``wrt`` has it."""
-        chosen: list[int] = []
-        found: dict[tuple[str, ...], torch.Tensor] = {}
-        specs = []
-        for choice in self.wrt.choices:
+    def _parameters(self, model: nn.Module) -> list[_Parameter]:
+        """The parameters that are differentiated, in order, and where they stand in ``wrt``."""
+        found: list[_Parameter] = []
+        for place, choice in enumerate(self.wrt.choices):
             if isinstance(choice, Parameters):
-                named = parameters_of(model, choice)
-                for name, tensor in named.items():
-                    tied = [
-                        n
-                        for n, t in model.named_parameters(remove_duplicate=False)
-                        if t is tensor and n != name
-                    ]
-                    found[(name, *tied)] = tensor
-                one = choice.names == tuple(named) and len(named) == 1
-                specs.append(TENSOR if one else (dict, tuple(named), (TENSOR,) * len(named)))
-                continue
-            path = self.names.path(choice)
-            spec = trees.at(by_name[path[0]], path[1:]) if path[0] in by_name else None
-            own = [i for i, p in enumerate(flat.paths) if p[: len(path)] == path]
-            where = ".".join(path)
-            if spec is None:
-                raise InputError(
-                    f"wrt names {where!r}, which this call does not have",
-                    hint="it has " + (", ".join(".".join(p) for p in flat.paths) or "no tensors"),
-                )
-            if not own:
-                kind = (spec[1] if spec[0] == trees.STATIC else spec[0]).__name__
-                raise InputError(f"{where!r} must be a tensor or hold some, and is a {kind}")
-            for i in own:
-                _check_differentiable(flat.tensors[i], ".".join(flat.paths[i]))
-            if set(own) & set(chosen):
-                raise InputError(f"wrt names {where!r} twice")
-            chosen += own
-            specs.append(trees.only_tensors(spec))
-        if len({names[0] for names in found}) < len(found):
-            raise InputError("wrt names a parameter twice")
-        return chosen, found, _grafted(self.wrt.spec, iter(specs))
+                for name, tensor in parameters_of(model, choice).items():
+                    every = model.named_parameters(remove_duplicate=False)
+                    tied = (n for n, t in every if t is tensor and n != name)
+                    found.append(_Parameter(place, (name, *tied), tensor))
+        if len({id(p.tensor) for p in found}) < len(found):
+            raise InputError("wrt names a parameter twice, possibly by two names that it has")
+        return found
 
-    # --- batch axes -----------------------------------------------------------------------------
-
-    def _axes(self, flat: Flat, positions: int, by_name: dict[str, Any]) -> list[Any]:
-        """What ``in_dims`` says of each tensor: an axis, None, or ``AUTO``."""
-        axes: list[Any] = [AUTO] * len(flat.tensors)
-        if self.in_dims is None:
-            return axes
-
-        def spread(given: Any, path: Path) -> None:
-            if given is None or (isinstance(given, int) and not isinstance(given, bool)):
-                for i, p in enumerate(flat.paths):
-                    if p[: len(path)] == path:
-                        axes[i] = given
-            elif isinstance(given, Mapping):
-                for key, value in given.items():
-                    spread(value, (*path, str(key)))
-            elif isinstance(given, (tuple, list)):
-                for key, value in enumerate(given):
-                    spread(value, (*path, str(key)))
+    def _chosen(
+        self, flat: Flat, by_name: dict[str, Any], parameters: Sequence[_Parameter]
+    ) -> tuple[list[int], Any]:
+        """What is differentiated, in order: positions among the leaves, and (from -1 down) among
+        the parameters; and the structure of it all as ``wrt`` has it."""
+        chosen: list[int] = []
+        specs: list[Any] = []
+        for place, choice in enumerate(self.wrt.choices):
+            if isinstance(choice, Parameters):
+                own = [-1 - k for k, p in enumerate(parameters) if p.place == place]
+                names = tuple(p.names[0] for p in parameters if p.place == place)
+                specs.append(TENSOR if choice.names == names and len(own) == 1
+                             else (dict, names, (TENSOR,) * len(own)))  # fmt: skip
             else:
-                raise InputError(
-                    f"cannot read in_dims={self.in_dims!r}",
-                    hint="an axis or None for each argument, in a tuple or a dictionary by name",
-                )
+                own, spec = self._leaves_at(flat, by_name, self.names.path(choice))
+                specs.append(spec)
+            if set(own) & set(chosen):
+                raise InputError(f"wrt names {'.'.join(self.names.path(choice))!r} twice")  # type: ignore[arg-type]
+            chosen += own
+        return chosen, _grafted(self.wrt.spec, iter(specs))
 
-        given = self.in_dims
-        if isinstance(given, (tuple, list)):
-            if len(given) > positions:
-                raise InputError(
-                    f"in_dims has {len(given)} entries, the call {positions} arguments"
-                )
-            given = {self.names.at(i): value for i, value in enumerate(given)}
-        if isinstance(given, Mapping):
-            for key, value in given.items():
-                path = self.names.path((str(key),))
-                if path[0] not in by_name:
-                    raise InputError(f"in_dims names argument {key!r}, which this call lacks")
-                spread(value, path)
-        else:
-            spread(given, ())
-        return axes
+    def _leaves_at(self, flat: Flat, by_name: dict[str, Any], path: Path) -> tuple[list[int], Any]:
+        """The tensors at a path, and their structure."""
+        where = ".".join(path)
+        spec = trees.at(by_name[path[0]], path[1:]) if path[0] in by_name else None
+        if spec is None:
+            raise InputError(
+                f"wrt names {where!r}, which this call does not have",
+                hint="it has " + (", ".join(".".join(p) for p in flat.paths) or "no tensors"),
+            )
+        own = [i for i, p in enumerate(flat.paths) if p[: len(path)] == path]
+        if not own:
+            kind = (spec[1] if spec[0] == trees.STATIC else spec[0]).__name__
+            raise InputError(f"{where!r} must be a tensor or hold some, and is a {kind}")
+        for i in own:
+            _check_differentiable(flat.tensors[i], ".".join(flat.paths[i]))
+        return own, trees.only_tensors(spec)
+
+    # --- all together ---------------------------------------------------------------------------
 
     def _put(
         self,
         flat: Flat,
         spec: Any,
         chosen: list[int],
-        parameters: dict[tuple[str, ...], torch.Tensor],
+        parameters: Sequence[_Parameter],
         result: Any,
         said: list[Any],
-    ) -> Call:
+    ) -> _Reading:
         """Split the leaves into x and constants."""
-        axes, guessed, batch = self._batched(flat, chosen, said)
+        if self.reduce is None:
+            axes, guessed, batch = batch_axes(flat, chosen, said, self.event_ndim)
+        else:
+            axes, guessed, batch = [None] * len(said), [], torch.Size()
         nb = len(batch)
-        parts = [(_leading(flat.tensors[i], axes[i]), axes[i]) for i in chosen]
-        parts += [(tensor, None) for tensor in parameters.values()]
+        every = [*flat.tensors, *(p.tensor for p in reversed(parameters))]  # as `chosen` counts
+        parts = [every[i] for i in chosen]
+        _check_alike(parts)
+        places = [axes[i] if i >= 0 else None for i in chosen]
         others = [i for i in range(len(axes)) if i not in chosen]
-        given = [_leading(flat.tensors[i], axes[i]) for i in others]
-        leaves = [
-            chosen.index(i) if i in chosen else -1 - others.index(i) for i in range(len(axes))
-        ]
-        described = [
-            Given(
-                "_".join(flat.paths[i]), (), axes[i] is not None,
-                tuple(tensor.shape[nb if axes[i] is not None else 0 :]), tensor.dtype, True,
-            )
-            for i, tensor in zip(others, given, strict=True)
-        ]  # fmt: skip
-        _check_alike([tensor for tensor, _ in parts])
-        packing = Packing(tuple(tuple(t.shape[nb if a is not None else 0 :]) for t, a in parts))
         form = Form(
             spec,
             tuple(flat.statics),
-            tuple(leaves),
-            tuple(axis for _, axis in parts),
+            tuple(
+                chosen.index(i) if i in chosen else -1 - others.index(i) for i in range(len(axes))
+            ),
+            tuple(places),
             tuple(axes[i] for i in others),
-            tuple((names, len(chosen) + k) for k, names in enumerate(parameters)),
-            packing,
+            tuple((p.names, chosen.index(-1 - k)) for k, p in enumerate(parameters)),
+            Packing.of([_event(t, axis, nb) for t, axis in zip(parts, places, strict=True)]),
             result,
             nb,
             self.reduce,
             tuple(others.index(i) for i in guessed),
         )
-        x = packing.pack([t if a is not None else t.expand(*batch, *t.shape) for t, a in parts])
-        return self._corrected(Call(form, x, given, tuple(described)))
-
-    def _batched(
-        self, flat: Flat, chosen: list[int], said: list[Any]
-    ) -> tuple[list[int | None], list[int], torch.Size]:
-        """The batch axis of each tensor (None: shared), which of them were guessed from shapes, and
-        the batch sizes."""
-        axes: list[int | None] = [None] * len(said)
-        guessed: list[int] = []
-        if self.reduce is not None:
-            return axes, guessed, torch.Size()
-        leader = next((i for i in chosen if said[i] is not None), None)
-        nb = 1  # where all samples share what is differentiated
-        if leader is not None:
-            nb = flat.tensors[leader].ndim - self.event_ndim
-            if nb < 0:
-                raise InputError(
-                    f"{_name(flat, leader)} has {flat.tensors[leader].ndim} axes, a sample"
-                    f" {self.event_ndim}",
-                    hint="event_ndim= counts the axes of one sample of what is differentiated",
-                )
-        batch: torch.Size | None = None
-        for i in sorted(range(len(said)), key=lambda i: (i != leader, i)):
-            tensor, axis = flat.tensors[i], said[i]
-            if axis == AUTO and i not in chosen:
-                lead = tensor.shape[:nb]
-                if not nb or tensor.ndim < nb or (batch is not None and lead != batch):
-                    continue
-                guessed.append(i)
-            if axis is None or not nb:
-                continue
-            axis = axes[i] = _checked_axis(0 if axis == AUTO else axis, tensor, nb, _name(flat, i))
-            lead = _leading(tensor, axis).shape[:nb]
-            if batch is not None and lead != batch:
-                raise InputError(
-                    f"arguments disagree on the batch: {_name(flat, i)} has {list(lead)}, others"
-                    f" have {list(batch)}",
-                    hint="in_dims= says which have a batch axis, and where",
-                )
-            batch = lead
-        return axes, guessed, batch if batch is not None else torch.Size()
+        described = [
+            Given(
+                "_".join(flat.paths[i]), (), axes[i] is not None,
+                _event(flat.tensors[i], axes[i], nb), flat.tensors[i].dtype, True,
+            )
+            for i in others
+        ]  # fmt: skip
+        return _Reading(form, tuple(described), tuple(chosen), tuple(others), batch)
 
     # --- guesses that turned out wrong ----------------------------------------------------------
 
-    def _corrected(self, call: Call) -> Call:
-        """The call in the form that calls like it turned out to have."""
-        form = self.instead.get(call.form)
-        return call if form is None else _in_form(call, form)
+    def _corrected(self, reading: _Reading) -> _Reading:
+        """The reading in the form that calls like it turned out to have."""
+        form = self.instead.get(reading.form)
+        if form is None:
+            return reading
+        return replace(
+            reading, form=form, described=_described(reading.described, form, reading.batch)
+        )
 
     def without_guesses(self, call: Call) -> Call:
         """The same call with constants shared that were taken for batched by their shape alone."""
         shared = tuple(
             None if j in call.form.guessed else axis for j, axis in enumerate(call.form.constants)
         )
-        return _in_form(call, replace(call.form, constants=shared, guessed=()))
+        form = replace(call.form, constants=shared, guessed=())
+        batch = call.x.shape[: form.batch_ndim]
+        return Call(form, call.x, call.given, _described(call.described, form, batch))
 
     def learn(self, guess: Call, right: Call) -> None:
         """Remember that calls like ``guess`` are like ``right``."""
         self.instead[guess.form] = right.form
+        self._readings.clear()
 
 
-def _in_form(call: Call, form: Form) -> Call:
-    described = tuple(
-        g if axis is not None or not g.batched
-        else replace(g, batched=False, event=tuple(tensor.shape))
-        for g, axis, tensor in zip(call.described, form.constants, call.constants, strict=False)
-    )  # fmt: skip
-    return Call(form, call.x, call.given, (*described, *call.described[len(described) :]))
+def _described(given: Sequence[Given], form: Form, batch: torch.Size) -> tuple[Given, ...]:
+    """The descriptions with the batch as the constant's own axes where the form has it so."""
+    own = [
+        replace(g, batched=False, event=(*batch, *g.event)) if g.batched and axis is None else g
+        for g, axis in zip(given, form.constants, strict=False)
+    ]
+    return (*own, *given[len(own) :])
 
 
-def _leading(tensor: torch.Tensor, axis: int | None) -> torch.Tensor:
-    return tensor.movedim(axis, 0) if axis else tensor
-
-
-def _checked_axis(axis: int, tensor: torch.Tensor, nb: int, name: str) -> int:
-    if axis != 0 and nb != 1:
-        raise InputError(
-            f"in_dims gives axis {axis} for {name}, but there are {nb} batch axes",
-            hint="other axes than the leading ones can be the batch where there is one of it:"
-            " event_ndim= counts the axes of a sample",
-        )
-    if not -tensor.ndim <= axis < tensor.ndim or tensor.ndim < nb:
-        raise InputError(f"in_dims gives axis {axis} for {name}, which has {tensor.ndim} axes")
-    return axis % tensor.ndim
+def _event(tensor: torch.Tensor, axis: int | None, nb: int) -> tuple[int, ...]:
+    """The shape of one sample."""
+    return tuple(tensor.shape) if axis is None else tuple(leading(tensor, axis).shape[nb:])
 
 
 def _check_differentiable(tensor: torch.Tensor, name: str) -> None:
@@ -326,10 +301,6 @@ def _grafted(spec: Any, specs: Iterator[Any]) -> Any:
         return next(specs)
     kind, keys, inner = spec
     return (kind, keys, tuple(_grafted(s, specs) for s in inner))
-
-
-def _name(flat: Flat, i: int) -> str:
-    return f"argument '{'.'.join(flat.paths[i])}'"
 
 
 def _named(wrt: Wrt) -> str:

@@ -190,6 +190,13 @@ class Call:
         """What the model takes besides x."""
         return self.given[: len(self.form.constants)]
 
+    def told(self) -> str:
+        """Which constants are taken for what."""
+        own = [g for g in self.described if g.constant]
+        each = ", ".join(g.name for g in own if g.batched) or "none"
+        every = ", ".join(g.name for g in own if not g.batched) or "none"
+        return f"given for each sample: {each}; for all of them: {every} (in_dims= says otherwise)"
+
     @property
     def inputs(self) -> tuple[torch.Tensor, ...]:
         """What the model takes."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,23 +20,20 @@ class Packing:
     """How parts of these event shapes make up one x.  A single part is x as it is."""
 
     shapes: tuple[tuple[int, ...], ...]
+    shared: tuple[int, ...] = ()  # the axes that all parts begin with, of which some have more
+    widths: tuple[int, ...] = ()  # how much of the last axis each part takes
 
-    @cached_property
-    def shared(self) -> tuple[int, ...]:
-        """The axes that all parts begin with, of which at least one part has more."""
-        longest = max(map(len, self.shapes))
-        found: list[int] = []
-        for sizes in zip(*self.shapes, strict=False):
-            if len(set(sizes)) > 1 or len(found) + 1 >= longest:
+    @classmethod
+    def of(cls, shapes: Sequence[tuple[int, ...]]) -> Packing:
+        """The packing of parts of these event shapes."""
+        longest = max(map(len, shapes))
+        shared: list[int] = []
+        for sizes in zip(*shapes, strict=False):
+            if len(set(sizes)) > 1 or len(shared) + 1 >= longest:
                 break
-            found.append(sizes[0])
-        return tuple(found)
-
-    @cached_property
-    def widths(self) -> tuple[int, ...]:
-        """How much of the last axis each part takes."""
-        skip = len(self.shared)
-        return tuple(math.prod(shape[skip:]) for shape in self.shapes)
+            shared.append(sizes[0])
+        widths = [math.prod(shape[len(shared) :]) for shape in shapes]
+        return cls(tuple(shapes), tuple(shared), tuple(widths))
 
     @property
     def single(self) -> bool:

@@ -133,6 +133,10 @@ class Programs:
                     return other
                 if isinstance(error, CaptureError):
                     check_model(self.model, x)
+                if call.form.constants:
+                    raise type(error)(
+                        error.what, where=error.where, hint=f"{error.hint}\n  {call.told()}"
+                    ) from error
                 raise
             keep(known, binding)
             return binding

@@ -42,6 +42,7 @@ LAYERS = (
     {"store", "clock", "progress", "rates", "disk", "naming", "_outside"},
     {"functions", "closures", "collector", "intake", "oracle", "sources", "trees", "packing"},
     {"form", "wrt"},
+    {"in_dims"},
     {"arguments"},
     {"registry", "facts", "cost", "structure", "contraction", "arrangement"},
     {"reads", "guards", "capture", "_sketch"},
