@@ -78,10 +78,22 @@ class Packing:
         n, m = self.event_ndim, len(self.shapes[b])
         # The axes of the rows to the end, and back where they were.
         k = columns.ndim - n - m
-        turned = columns.permute(*range(k), *range(k + n, k + n + m), *range(k, k + n))
+        turned = columns.permute(
+            (
+                *range(k),
+                *range(k + n, k + n + m),
+                *range(k, k + n),
+            )
+        )
         rows = self.part(turned, a)
         n = len(self.shapes[a])
-        return rows.permute(*range(k), *range(k + m, k + m + n), *range(k, k + m))
+        return rows.permute(
+            (
+                *range(k),
+                *range(k + m, k + m + n),
+                *range(k, k + m),
+            )
+        )
 
     def pack_matrix(self, block: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
         """``[*batch, *event, *event]`` of blocks ``[*batch, *shape_a, *shape_b]``."""
@@ -93,10 +105,20 @@ class Packing:
             row = self.pack([block(a, b) for b in range(n)])  # [*batch, *shape_a, *event]
             k, m = row.ndim - self.event_ndim - len(self.shapes[a]), len(self.shapes[a])
             end = range(k + m, k + m + self.event_ndim)
-            rows.append(row.permute(*range(k), *end, *range(k, k + m)))
+            rows.append(
+                row.permute(
+                    (*range(k), *end, *range(k, k + m)),
+                )
+            )
         whole = self.pack(rows)  # [*batch, *event of columns, *event of rows]
         k, n = whole.ndim - 2 * self.event_ndim, self.event_ndim
-        return whole.permute(*range(k), *range(k + n, k + 2 * n), *range(k, k + n))
+        return whole.permute(
+            (
+                *range(k),
+                *range(k + n, k + 2 * n),
+                *range(k, k + n),
+            )
+        )
 
 
 __all__: list[Any] = ["Packing"]
