@@ -92,3 +92,22 @@ def block_diagonal(model: Model, x: torch.Tensor, event_ndim: int = 1) -> torch.
     others = whole.movedim(2, 1)[~same]
     assert others.numel() == 0 or others.abs().max().item() == 0
     return whole.movedim(2, 1)[same].reshape(*batch, *event, *event)
+
+
+def referee(function: Callable[..., Any], *parts: torch.Tensor) -> list[list[torch.Tensor]]:
+    """Blocks of one sample's Hessian in several tensors, by double backward: ``blocks[a][b]`` is
+    ``[*m, *shape_a, *shape_b]``; m as the function's result has it, but for a size of 1."""
+    sizes = [p.numel() for p in parts]
+
+    def of_one(z: torch.Tensor) -> Any:
+        pieces = z.split(sizes)
+        return function(*(p.reshape(t.shape) for p, t in zip(pieces, parts, strict=True)))
+
+    H = oracle.hessian(of_one, torch.cat([p.detach().reshape(-1) for p in parts]), 1)
+    return [
+        [
+            H.split(sizes, -2)[a].split(sizes, -1)[b].reshape(*H.shape[:-2], *p.shape, *q.shape)
+            for b, q in enumerate(parts)
+        ]
+        for a, p in enumerate(parts)
+    ]
