@@ -38,11 +38,8 @@ COMMANDS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; ``argv`` without the program's name, by default the process's own.
-
-    Returns the exit status; see the module's docstring (argparse itself exits with 2).
-    """
+def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of the whole command line, and those of the commands by name."""
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="fxhess",
@@ -62,6 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             formatter_class=plain,
         )
         command.add_arguments(own[name])
+    return parser, own
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; ``argv`` without the program's name, by default the process's own.
+
+    Returns the exit status; see the module's docstring (argparse itself exits with 2).
+    """
+    parser, own = parsers()
     arguments = parser.parse_args(argv)
     try:
         return COMMANDS[arguments.command].run(arguments)

@@ -1,0 +1,85 @@
+"""Hooks of the site: what lies outside of docs/ but belongs on it, and links to that.
+
+Pages read well where they lie, too: a link such as ``../benchmarks/results/cpu.md`` is one in the
+repository, and becomes one of the site here.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parent.parent
+_RESULTS = ("cpu", "cpu-strategies", "compile_time", "cold")
+_TITLES = {
+    "cpu": "Beside its rivals",
+    "cpu-strategies": "Strategies forced",
+    "compile_time": "Time to trace and plan",
+    "cold": "The first call",
+}
+_LINK = re.compile(r"\]\((?P<target>(?:\.\./)+(?!https?:)[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
+
+
+def _results() -> list[str]:
+    return [name for name in _RESULTS if (ROOT / "benchmarks" / "results" / f"{name}.md").exists()]
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Tutorials and results of benchmarks in the navigation, those that are there."""
+    nav: list[Any] = list(config.nav or [])
+    tutorials = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+    if tutorials:
+        pages = [f"tutorials/{path.name}" for path in tutorials]
+        nav.insert(2, {"Tutorials": sorted(pages, key=lambda p: (not p.endswith("index.md"), p))})
+    for entry in nav:
+        if "Benchmarks" in entry:
+            own = [{_TITLES[name]: f"results/{name}.md"} for name in _results()]
+            entry["Benchmarks"] = [{"Overview": entry["Benchmarks"]}, *own]
+    config.nav = nav
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """The changelog, the benchmarks' tables and plots."""
+    files.append(
+        File.generated(config, "changelog.md", content=(ROOT / "CHANGELOG.md").read_text("utf-8"))
+    )
+    results = ROOT / "benchmarks" / "results"
+    for name in _results():
+        text = (results / f"{name}.md").read_text("utf-8")
+        if not text.startswith("# "):
+            text = f"# {_TITLES[name]}\n\n{text}"
+        files.append(File.generated(config, f"results/{name}.md", content=text))
+    for path in sorted(results.glob("*.png")):
+        files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Links that lead out of docs/: to the page of the site where there is one, else to no page
+    but the file's name."""
+    depth = page.file.src_uri.count("/")
+
+    def replaced(match: re.Match[str]) -> str:
+        target = match["target"]
+        ups = target.count("../")
+        if ups <= depth:  # within docs/
+            return match[0]
+        path = target[3 * ups :]
+        back = "../" * depth
+        if path.startswith("benchmarks/results/"):
+            found = path.replace("benchmarks/results/", "results/")
+        elif path.startswith("docs/"):
+            found = path.removeprefix("docs/")
+        else:
+            found = {"CHANGELOG.md": "changelog.md"}.get(path, "")
+        if found and files.get_file_from_path(found) is not None:
+            return f"]({back}{found}{match['anchor'] or ''})"
+        return f"](# '{path}, in the repository')"
+
+    return _LINK.sub(replaced, markdown)
