@@ -1,4 +1,4 @@
-"""The documentation: every block of Python runs, every command exists, every link leads somewhere."""
+"""The documentation: every block of Python runs, every command exists, links lead somewhere."""
 
 from __future__ import annotations
 
