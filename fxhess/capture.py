@@ -345,7 +345,8 @@ def _lift_constants(
             with graph.inserting_after(last):
                 lifted[name] = last = graph.placeholder(name)
             last.meta["val"] = node.meta.get("val", tensor)
-            sources.append(Source(path) if path else Source(constant=tensor.detach()))
+            kept = tensor if tensor.is_leaf else tensor.detach()
+            sources.append(Source(path) if path else Source(constant=kept))
         node.replace_all_uses_with(lifted[name])
         graph.erase_node(node)
 

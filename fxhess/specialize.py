@@ -116,6 +116,8 @@ class Programs:
                 hint="trace or export it with no axes dynamic but those of the batch",
             )
         with self._lock, collector_paused():
+            if self.follows:
+                self.model.discover()  # type: ignore[operator]
             found = self.find(call)
             if found is not None:
                 return found
