@@ -13,6 +13,7 @@ without CUDA.
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ TESTS = (
     "tests/test_forms.py", "tests/test_outputs.py", "tests/test_module.py", "tests/test_passes.py",
     "tests/test_running.py", "tests/test_batch.py", "tests/test_explain.py",
 )  # fmt: skip
+_BUILT = re.compile(r"^(build|dist|__pycache__)$|\.egg-info$|\.pyc$|^\.\w+_cache$|^\.hypothesis$")
 NEEDED = ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis")
 
 
@@ -41,8 +43,12 @@ def run(*command: object, cwd: Path = ROOT) -> str:
 
 def tracked() -> list[str]:
     """Files of the checkout: tracked ones, and new ones that are not ignored."""
-    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard")
-    return sorted(name for name in listed.splitlines() if (ROOT / name).is_file())
+    if (ROOT / ".git").exists():
+        listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard").splitlines()
+    else:  # a copy of the checkout: all that is no build's
+        paths = (p.relative_to(ROOT) for p in ROOT.rglob("*"))
+        listed = [str(p) for p in paths if not any(map(_BUILT.search, p.parts))]
+    return sorted(name for name in listed if (ROOT / name).is_file())
 
 
 def copy(target: Path) -> None:

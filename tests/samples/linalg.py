@@ -1,4 +1,5 @@
-"""Uses of small determinants (double backward of singular ones is not finite) and least squares."""
+"""Uses of small determinants (double backward of singular ones is not finite), least squares and
+eigenvalues."""
 
 from __future__ import annotations
 
@@ -22,5 +23,6 @@ def _normal(x):
 
 SAMPLES = [
     Sample("lstsq", _least_squares, (3, 1), batch=None, reference=_normal, tolerance=1e-8),
+    Sample("eigvalsh", torch.linalg.eigvalsh, (3, 3)),
     *(Sample(f"det, {n} by {n}", torch.linalg.det, (n, n)) for n in (1, 2, 3, 4)),
 ]
