@@ -22,6 +22,7 @@ from fxhess.cache import CacheInfo, cache_clear, cache_info  # noqa: E402
 from fxhess.calibrate import calibrate  # noqa: E402
 from fxhess.errors import (  # noqa: E402
     CaptureError,
+    FileError,
     FxhessError,
     InputError,
     InternalError,
@@ -33,6 +34,7 @@ from fxhess.errors import (  # noqa: E402
 from fxhess.module import HessianModule  # noqa: E402
 from fxhess.rates import Rates  # noqa: E402
 from fxhess.registry import Rule, register_rule  # noqa: E402
+from fxhess.saved import SavedModule, load, package, save  # noqa: E402
 from fxhess.verify import VerificationError  # noqa: E402
 from fxhess.wrt import parameters  # noqa: E402
 
@@ -44,6 +46,7 @@ except importlib.metadata.PackageNotFoundError:  # a checkout that is not instal
 __all__ = [
     "CacheInfo",
     "CaptureError",
+    "FileError",
     "FxhessError",
     "HessianModule",
     "InputError",
@@ -52,6 +55,7 @@ __all__ = [
     "Rule",
     "RuleError",
     "SampleMixingError",
+    "SavedModule",
     "StructureWarning",
     "UnsupportedOpError",
     "VerificationError",
@@ -60,8 +64,11 @@ __all__ = [
     "cache_info",
     "calibrate",
     "kinds",
+    "load",
+    "package",
     "parameters",
     "register_rule",
+    "save",
     "testing",
     "transform",
 ]

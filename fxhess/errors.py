@@ -85,6 +85,11 @@ class UnsupportedOpError(FxhessError, NotImplementedError):
     """An operation that the samples flow through has no second-derivative rule."""
 
 
+class FileError(FxhessError, ValueError):
+    """A file that holds no saved module: another kind of file, a part of one, changed, or of a
+    newer version; or a module that cannot be saved."""
+
+
 class RuleError(FxhessError):
     """A rule is registered twice, is malformed, or was found to be wrong by the checker."""
 

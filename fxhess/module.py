@@ -211,7 +211,7 @@ class HessianModule(nn.Module):
         (products,) = self._products
 
         def prepare(x: torch.Tensor, v: torch.Tensor) -> Execution:
-            binding = products._specialized(products._prepared((x,), {}, v))
+            binding = products._specialized(products.prepared((x,), {}, v))
             assert isinstance(binding, Binding) and binding.program.execution is not None
             return binding.program.execution
 
@@ -287,13 +287,13 @@ class HessianModule(nn.Module):
         """Make the program for inputs like these (any batch size) now; returns the module itself.
         Where the structure of the model depends on values: for values like these.  Without a
         ``vector``, where one is needed: for a single one."""
-        self._specialized(self._prepared(args, kwargs, vector, metric))
+        self._specialized(self.prepared(args, kwargs, vector, metric))
         return self
 
-    def _prepared(
+    def prepared(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], vector: Any = None, metric: Any = None
     ) -> Call:
-        """A call, with a vector in any case where one is needed."""
+        """A call as programs see it, with a vector in any case where one is needed."""
         call = self._read(args, kwargs)
         check_input(call.x, self.programs.options(call).event_ndim)
         if vector is None and self._takes_vector:
@@ -317,19 +317,19 @@ class HessianModule(nn.Module):
         """The generated code for inputs like these, as a ``torch.fx.GraphModule`` whose inputs are
         x, the model's other arguments, what is given besides, and the model's tensors in the order
         of :meth:`tensors`."""
-        return self._found(self._prepared(args, kwargs)).program.graph_module
+        return self._found(self.prepared(args, kwargs)).program.graph_module
 
     def tensors(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         """The model's tensors that the generated code takes besides x, by name, in order."""
         return {
             ".".join(source.path) or f"constant {i}": source.read(self.model)
-            for i, source in enumerate(self._found(self._prepared(args, kwargs)).sources)
+            for i, source in enumerate(self._found(self.prepared(args, kwargs)).sources)
         }
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """What the compiler did for inputs like these: print it.  Calls the module a few times, for
         about 0.3 s, to show the measured time beside the predicted one."""
-        call = self._prepared(args, kwargs)
+        call = self.prepared(args, kwargs)
         found = self._specialized(call)
         binding = self._found(call)
         notes = [] if binding.structure is None else binding.structure.notes(binding.captures)

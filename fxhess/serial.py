@@ -14,7 +14,7 @@ import json
 import keyword
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -51,20 +51,9 @@ def dumps(program: Program) -> str:
     Raises:
         NotPlainError: it holds something outside of the closed set.
     """
-    writer = _Writer()
-    nodes = [writer.node(node) for node in program.graph_module.graph.nodes]
-    fields = {
-        f.name: writer.value(getattr(program, f.name))
-        for f in dataclasses.fields(program)
-        if f.name != "graph_module"
-    }
-    document = {
-        "functions": list(writer.functions),
-        "stand-ins": [json.loads(text) for text in writer.vals],
-        "origins": [json.loads(text) for text in writer.origins],
-        "nodes": nodes,
-        "fields": fields,
-    }
+    fields = {f.name: getattr(program, f.name) for f in dataclasses.fields(program)}
+    del fields["graph_module"]
+    document = graph_to_data(program.graph_module.graph, fields)
     return json.dumps(document, separators=(",", ":"), allow_nan=False)
 
 
@@ -76,18 +65,46 @@ def loads(text: str) -> Program:
     """
     try:
         document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise NotPlainError(f"no JSON: {error}") from error
+    graph, fields = graph_from_data(document)
+    if set(fields) != {f.name for f in dataclasses.fields(Program)} - {"graph_module"}:
+        raise NotPlainError("other fields than a program's")
+    module = fx.GraphModule(torch.nn.Module(), graph, "GeneratedDerivative")
+    return Program(graph_module=module, **fields)
+
+
+def graph_to_data(graph: fx.Graph, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A graph and values by name, as what JSON can hold.
+
+    Raises:
+        NotPlainError: something in it is outside of the closed set.
+    """
+    writer = _Writer()
+    nodes = [writer.node(node) for node in graph.nodes]
+    return {
+        "fields": {name: writer.value(value) for name, value in fields.items()},
+        "functions": list(writer.functions),
+        "stand-ins": [json.loads(text) for text in writer.vals],
+        "origins": [json.loads(text) for text in writer.origins],
+        "nodes": nodes,
+    }
+
+
+def graph_from_data(document: Any) -> tuple[fx.Graph, dict[str, Any]]:
+    """The graph and the values that :func:`graph_to_data` wrote.
+
+    Raises:
+        NotPlainError: the document is anything else.
+    """
+    try:
         reader = _Reader(document)
         graph = reader.graph(document["nodes"])
-        own = {f.name for f in dataclasses.fields(Program)} - {"graph_module"}
-        if set(document["fields"]) != own:
-            raise NotPlainError("other fields than a program's")
-        fields = {name: reader.value(value) for name, value in document["fields"].items()}
+        return graph, {name: reader.value(value) for name, value in document["fields"].items()}
     except NotPlainError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, RuntimeError) as e:
         raise NotPlainError(f"not a program: {type(e).__name__}: {e}") from e
-    module = fx.GraphModule(torch.nn.Module(), graph, "GeneratedDerivative")
-    return Program(graph_module=module, **fields)
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -207,6 +224,8 @@ class _Reader:
                     raise NotPlainError(f"a method {target!r}")
                 function = target
             elif op == "placeholder":
+                if args or kwargs:
+                    raise NotPlainError("an input with a default")
                 function = name
             elif op != "output":
                 raise NotPlainError(f"a node {op!r}")

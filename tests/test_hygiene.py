@@ -56,7 +56,7 @@ LAYERS = (
     {"binding", "apart", "recall"},
     {"specialize"},
     {"module"},
-    {"api"},
+    {"api", "container", "_aoti", "saved"},
     {"testing", "demo", "named", "compared"},
     {"terminal"},
     {"cli"},
