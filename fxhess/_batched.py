@@ -64,9 +64,12 @@ def trace_batched(
     shapes: Sequence[Sequence[Any]],
     dtypes: Sequence[torch.dtype],
     device: torch.device,
+    numbers: set[str] | None = None,
 ) -> fx.GraphModule:
     """Trace ``function`` on tensors whose sizes are numbers and expressions in ``symbols`` (the
     batch sizes, in the order of the first tensor's leading axes), of any sizes 2 and above.
+    ``numbers``: not empty once a trace of the same operations has found that these know sizes as
+    numbers only, so that none is tried with symbols again.
 
     Raises:
         RuntimeError: the trace holds for some batch sizes only.
@@ -88,11 +91,14 @@ def trace_batched(
                 raise RuntimeError("the trace writes into its operands")
             return graph_module
 
-    try:
-        return _trace_symbolic(traced, symbols)
-    except Exception:
-        if not symbols:
-            raise
+    numbers = set() if numbers is None else numbers
+    if not (numbers and symbols):
+        try:
+            return _trace_symbolic(traced, symbols)
+        except Exception as error:
+            if not symbols:
+                raise
+            numbers.add(str(error))
     # Shape functions of some operations know numbers only: what differs between two traces is
     # what depends on the batch.
     first, second = (

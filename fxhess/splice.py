@@ -30,7 +30,7 @@ class Splicer:
     ``shapes``: for inputs that are passed as they are, their captured sizes (numbers and
     expressions in ``symbols``, the batch sizes).  ``point``: an x and inputs to check traces at.
     ``strict``: a derivative that cannot be traced is an error.  ``traces``: what was traced of
-    equal derivations.
+    equal derivations, and why with numbers (see :func:`fxhess._batched.trace_batched`).
     """
 
     derivation: Derivation
@@ -39,7 +39,7 @@ class Splicer:
     point: tuple[torch.Tensor, list[torch.Tensor]]
     origin: Origin | None
     strict: bool
-    traces: dict[Any, fx.GraphModule | None] = field(default_factory=dict)
+    traces: dict[Any, Any] = field(default_factory=dict)
 
     def values(self, x: Var, tensors: Sequence[Var]) -> list[Var]:
         """All outputs."""
@@ -132,8 +132,9 @@ class Splicer:
         for way in ways:
             try:
                 traced = _batched.trace_batched(
-                    program.on(way), self.symbols, dims, dtypes, x.device
-                )
+                    program.on(way), self.symbols, dims, dtypes, x.device,
+                    self.traces.setdefault("numbers", set()),
+                )  # fmt: skip
                 self._check(tidy(traced), program, inputs, dims)
             except Exception:  # whatever the reason, the exact way at run time is left
                 continue
