@@ -19,6 +19,7 @@ from fxhess.kernels import use_fast_kernels
 from fxhess.rates import Rates
 
 _SIZES = (2, 4, 8, 16, 32, 64, 128, 256)  # of matrices
+_SHORT = 16  # rows of which half is taken
 _SIDE = 140  # of transposed matrices: no power of two, whose columns would share lines of a cache
 _CALLS = 20  # of the shortest operations, timed at once
 _ROUNDS = 3  # at least
@@ -128,6 +129,7 @@ def _rates(measured: dict[str, dict[float, tuple[float, float]]]) -> Rates:
         transposed=plain["transposed"],
         stream=plain["stream"],
         scattered=scattered,
+        loops=plain["loops"],
         gather=plain["gather"],
         special=plain["special"],
         memory=plain["memory"],
@@ -170,6 +172,8 @@ class _Bench:
             lambda: (z + z.transpose(1, 2), w + w.transpose(0, 1)),
             (z.numel() + w.numel()) * width,
         )
+        short = self.numbers(half // _SHORT**2, _SHORT, _SHORT)[:, : _SHORT // 2, : _SHORT // 2]
+        yield _Case("loops", lambda: short * short, len(short) * _SHORT // 2)
         table = self.numbers(50, half // 50)
         index = torch.arange(table.shape[1], device=self.device)
         index = (index * 7919) % table.shape[1]  # out of order, by a large prime

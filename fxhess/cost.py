@@ -35,6 +35,10 @@ _VIEWS = frozenset(
      "transpose", "sym_size", "view", "detach", "narrow", "slice"}
 )  # fmt: skip
 
+# Those that copy where what they are given does not lie in order.
+_COPIES = frozenset({"flatten", "reshape", "contiguous", "clone"})
+_STRIDED = 3  # entries out of order that take the time of an inner loop
+
 
 def name_of(node: fx.Node) -> str:
     """The operation's plain name: ``aten.add.Tensor`` and ``operator.add`` are both ``add``."""
@@ -87,9 +91,10 @@ def seconds(node: fx.Node, rates: Rates) -> float:
     if node.op not in ("call_function", "call_method") or not isinstance(value, torch.Tensor):
         return 0.0
     name = name_of(node)
-    if name in _VIEWS:
-        return rates.launch / 3
     operands = [n for n in node.all_input_nodes if isinstance(n.meta.get(VAL), torch.Tensor)]
+    free = name in _COPIES and name != "clone" and operands[0].meta[VAL].is_contiguous()
+    if name in _VIEWS or free:
+        return rates.launch / 3
     passes = sum(_reading(n.meta[VAL], rates) for n in operands)
     own = value.numel() * value.element_size()
     passes += own / (rates.memory if node.meta.get(ROLE) == "result" else rates.stream)
@@ -101,6 +106,7 @@ def seconds(node: fx.Node, rates: Rates) -> float:
         return rates.launch + passes + flops(node) / rate
     if name in _GATHERS:
         return rates.launch + passes + value.numel() / rates.gather
+    passes += _looping(name, value, operands, rates)
     if name in _SPECIAL:
         return rates.launch + passes + value.numel() / rates.special
     return rates.launch + passes
@@ -110,13 +116,61 @@ def _product(value: torch.Tensor, operands: Sequence[fx.Node], work: int, rates:
     left, right = (n.meta[VAL] for n in [operands[0], operands[-1]])
     k, columns = int(left.shape[-1]), int(value.shape[-1]) if right.ndim > 1 else 1
     if min(left.ndim, right.ndim) > 2:
-        return work / _rate(rates.batched, side(int(value.shape[-2]), k, columns))
+        # More rows or columns than are summed over make a product no faster.
+        rows = int(value.shape[-2])
+        return work / _rate(rates.batched, side(min(rows, k), k, min(columns, k)))
     time = work / _rate(rates.flat, side(k, columns))
     matrix = right.numel() * right.element_size()
     if matrix > _CACHED:  # every tile reads it again
         tiles = max(1.0, 3 * value.numel() * value.element_size() / TILE_BYTES["cpu"])
         time += tiles * matrix / rates.memory
     return time
+
+
+def _looping(name: str, value: torch.Tensor, operands: Sequence[fx.Node], rates: Rates) -> float:
+    """Seconds of going through values in an order that is not that of memory: an inner loop runs
+    over the axes that lie next to each other in all of them."""
+    tensors = [n.meta[VAL] for n in operands]
+    if not tensors or all(t.is_contiguous() and t.shape == value.shape for t in (*tensors, value)):
+        return 0.0
+    shape: Sequence[int] = value.shape
+    strides = [value.stride()]
+    if name in _COPIES or math.prod(shape) < tensors[0].numel():  # as the operand has its axes
+        shape, strides = tensors[0].shape, []
+        if name in _COPIES:
+            strides = [_dense(shape)]
+    for t in tensors:
+        if len(t.shape) > len(shape):
+            return 0.0
+        behind = range(len(shape) - t.ndim, len(shape))
+        steps = [0] * len(shape)
+        for axis, n, step in zip(behind, t.shape, t.stride(), strict=True):
+            steps[axis] = int(step) if n != 1 else 0
+        strides.append(tuple(steps))
+    entries = math.prod(shape)
+    run, in_order = _run(shape, strides)
+    return entries / (run if in_order else _STRIDED) / rates.loops
+
+
+def _dense(shape: Sequence[int]) -> tuple[int, ...]:
+    steps = [1]
+    for n in reversed(shape[1:]):
+        steps.append(steps[-1] * int(n))
+    return tuple(reversed(steps))
+
+
+def _run(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[int, bool]:
+    """How many entries the inner loop takes, and whether it takes all of them in order."""
+    axes = sorted((a for a, n in enumerate(shape) if n != 1), key=lambda a: strides[0][a])
+    if not axes:
+        return 1, True
+    inner = [steps[axes[0]] for steps in strides]
+    run = int(shape[axes[0]])
+    for axis in axes[1:]:
+        if any(steps[axis] != step * run for steps, step in zip(strides, inner, strict=True)):
+            break
+        run *= int(shape[axis])
+    return run, all(step in (0, 1) for step in inner)
 
 
 def _reading(value: torch.Tensor, rates: Rates) -> float:

@@ -35,9 +35,10 @@ class Rates:
     ``convolution``, ``transposed``: the same of a small convolution, and of the adjoint of one
     with strides; ``stream``, ``scattered``: bytes a second of
     a pointwise pass over what lies in the cache, in the order of memory and in another;
-    ``gather``: entries a second read by index; ``special``: values of tanh a second; ``memory``:
-    bytes a second to and from main memory; ``launch``: seconds an operation costs whatever its
-    size.
+    ``loops``: inner loops a second that a pass takes where what it reads and writes lies in
+    different orders; ``gather``: entries a second read by index; ``special``: values of tanh a
+    second; ``memory``: bytes a second to and from main memory; ``launch``: seconds an operation
+    costs whatever its size.
     """
 
     flat: Curve
@@ -46,6 +47,7 @@ class Rates:
     transposed: float
     stream: float
     scattered: float
+    loops: float
     gather: float
     special: float
     memory: float
@@ -56,24 +58,24 @@ class Rates:
 _CPU_32 = Rates(
     flat=((2, 5e9), (8, 3.4e10), (16, 1.3e11), (32, 2.9e11), (64, 4.3e11), (256, 4.5e11)),
     batched=((2, 2e9), (8, 3.5e10), (16, 1e11), (32, 1.6e11), (256, 2e11)),
-    convolution=1.2e11, transposed=3e10, stream=1.5e11, scattered=4.5e10, gather=3e9, special=9e8,
-    memory=3e10, launch=2e-6,
+    convolution=1.2e11, transposed=3e10, stream=1.5e11, scattered=4.5e10, loops=4e8, gather=3e9,
+    special=9e8, memory=3e10, launch=2e-6,
 )  # fmt: skip
 _CPU_64 = Rates(
     flat=((2, 5e9), (8, 1.5e10), (16, 2.7e10), (64, 6e10), (256, 9.5e10)),
     batched=((2, 1.5e9), (8, 1.2e10), (16, 3e10), (32, 5.5e10), (256, 1e11)),
-    convolution=5e10, transposed=2e10, stream=1.5e11, scattered=9e10, gather=6e8, special=5e8,
-    memory=3e10, launch=2e-6,
+    convolution=5e10, transposed=2e10, stream=1.5e11, scattered=9e10, loops=4e8, gather=6e8,
+    special=5e8, memory=3e10, launch=2e-6,
 )  # fmt: skip
 _GPU_32 = Rates(
     flat=((8, 1e12), (64, 1e13), (256, 1.5e13)), batched=((8, 5e11), (64, 8e12), (256, 1.3e13)),
-    convolution=8e12, transposed=4e12, stream=1.5e12, scattered=6e11, gather=1e11, special=5e11,
-    memory=1.5e12, launch=6e-6,
+    convolution=8e12, transposed=4e12, stream=1.5e12, scattered=6e11, loops=1e12, gather=1e11,
+    special=5e11, memory=1.5e12, launch=6e-6,
 )  # fmt: skip
 _GPU_64 = Rates(
     flat=((8, 5e11), (64, 6e12), (256, 1.2e13)), batched=((8, 3e11), (64, 4e12), (256, 9e12)),
-    convolution=4e12, transposed=2e12, stream=1.5e12, scattered=6e11, gather=1e11, special=1e11,
-    memory=1.5e12, launch=6e-6,
+    convolution=4e12, transposed=2e12, stream=1.5e12, scattered=6e11, loops=1e12, gather=1e11,
+    special=1e11, memory=1.5e12, launch=6e-6,
 )  # fmt: skip
 BUILT_IN = {
     ("cpu", 4): _CPU_32,
@@ -83,7 +85,7 @@ BUILT_IN = {
 }
 # What calibration found, by machine; None where it was looked for and not found.
 MEASURED: dict[str, Rates | None] = {}
-_FORMAT = 1  # of the kept file
+_FORMAT = 2  # of the kept file
 
 
 def rates_for(device: torch.device, dtype: torch.dtype) -> Rates:

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from reference import mlp, randn
+from torch import fx
 
 import fxhess
-from fxhess import rates, store
+from fxhess import cost, rates, store
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -60,7 +61,7 @@ def test_every_field_is_measured(dtype):
     assert found.launch < 1e-3
     # Each number apart from the next by more than a unit's mistake would let it be.
     assert 1e8 < found.memory < 1e13 and 1e9 < found.stream < 1e14
-    assert found.scattered <= found.stream
+    assert found.scattered <= found.stream and found.loops < found.stream
 
 
 def test_rates_are_used_and_kept(folder):
@@ -285,6 +286,32 @@ def test_other_rates_make_another_plan():
     (one, h1), (two, h2) = plans.values()
     assert one != two
     torch.testing.assert_close(h1, h2, rtol=1e-10, atol=1e-10)
+
+
+def test_a_pass_out_of_order_costs_its_inner_loops():
+    """What lies next to each other in all operands is one inner loop; a view costs nothing."""
+    graph = fx.Graph()
+    known = {}
+
+    def add(name, value, *operands, target=torch.add):
+        node = graph.call_function(target, operands) if operands else graph.placeholder(name)
+        node.meta["val"] = value
+        known[name] = cost.seconds(node, rates.BUILT_IN["cpu", 8])
+        return node
+
+    x = randn(64, 64, 16)
+    a, b, c = add("a", x), add("b", x.transpose(0, 1)), add("c", x.permute(2, 1, 0))
+    add("ordered", x + x, a, a)
+    add("both turned", b.meta["val"] + b.meta["val"], b, b)
+    add("rows", x + b.meta["val"], a, b)
+    add("entries", x.permute(2, 1, 0) + randn(16, 64, 64), c, add("d", randn(16, 64, 64)))
+    add("copied", b.meta["val"].flatten(), b, target=torch.flatten)
+    add("viewed", x.flatten(), a, target=torch.flatten)
+    loops = 64 * 64 / rates.BUILT_IN["cpu", 8].loops
+    assert known["viewed"] < known["ordered"] <= known["both turned"] < known["rows"]
+    assert known["rows"] - known["both turned"] == pytest.approx(loops, rel=0.5)
+    assert known["copied"] > loops
+    assert known["entries"] > known["rows"] + loops
 
 
 def test_same_rates_share_a_program():
