@@ -13,7 +13,7 @@ import torch
 
 psutil = pytest.importorskip("psutil", reason="the extra `bench` is not installed")
 
-from benchmarks import growth, record, report, worker, workloads  # noqa: E402
+from benchmarks import growth, processes, record, report, worker, workloads  # noqa: E402
 from benchmarks.measure import TOLERANCES, Result  # noqa: E402
 from benchmarks.rivals import RIVALS  # noqa: E402
 
@@ -152,3 +152,11 @@ def test_twins_are_the_models(name):
     torch.testing.assert_close(
         torch.tensor(got.tolist()).reshape(-1), model(x).reshape(-1), rtol=1e-4, atol=1e-5
     )
+
+
+def test_the_table_of_processes_tells_how_much_faster_a_later_one_is():
+    run = {"import": 1.0, "first": 6.0, "second": 0.1, "sum": "0x1p0"}
+    found = {"off": [run], "first": [run], "later": [{**run, "first": 1.0}] * 3}
+    text = processes.table(found)
+    assert "6.0 times faster" in text and "with `import fxhess`, 3.5 times" in text
+    assert "| later process | 1.00 | 1.00 | 0.100 |" in text
