@@ -13,7 +13,15 @@ import torch
 
 psutil = pytest.importorskip("psutil", reason="the extra `bench` is not installed")
 
-from benchmarks import growth, processes, record, report, worker, workloads  # noqa: E402
+from benchmarks import (  # noqa: E402
+    growth,
+    outputs,
+    processes,
+    record,
+    report,
+    worker,
+    workloads,
+)
 from benchmarks.measure import TOLERANCES, Result  # noqa: E402
 from benchmarks.rivals import RIVALS  # noqa: E402
 
@@ -160,3 +168,20 @@ def test_the_table_of_processes_tells_how_much_faster_a_later_one_is():
     text = processes.table(found)
     assert "6.0 times faster" in text and "with `import fxhess`, 3.5 times" in text
     assert "| later process | 1.00 | 1.00 | 0.100 |" in text
+
+
+def test_outputs_are_measured_and_held_to_what_they_promise():
+    small = workloads.Workload("small", "", lambda: torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1)), (5, 3))  # fmt: skip
+    rows = outputs.measure(small, 1, with_folx=False)
+    names = ["gradient", "hessian", "laplacian", "diagonal", "hvp", "quadratic"]
+    assert [r.output for r in rows] == [*names, "laplacian compiled"]
+    assert all(r.time > 0 and r.error < 1e-4 and r.hessian == 5 * 9 * 4 for r in rows)
+    table = outputs.table(rows)
+    assert table[0][3] == "1" and all(len(line) == len(outputs.HEAD) for line in table)
+    made = {name: outputs.Row("w", name, [1.0], peak=1, hessian=100 << 20) for name in names}
+    assert outputs.broken(list(made.values())) == []
+    made["hvp"].times, made["diagonal"].peak = [5.1], 100 << 20
+    assert outputs.broken(list(made.values())) == [
+        "w, diagonal: 100 MB, as much as H", "w, hvp: 5.1 gradients",
+    ]  # fmt: skip
