@@ -42,7 +42,8 @@ class FunctionModule(nn.Module):
         modules: dict[str, Way] = {}
         for name, way, value in reached(self.function):
             if isinstance(value, nn.Module):
-                key = _unused(name.replace("/", "_").replace(".", "_"), modules)
+                key = name.replace("/", "_").replace(".", "_") or "function"  # of a partial
+                key = _unused(key, modules)
                 modules[key] = way
                 self._put(key, value)
             else:
