@@ -42,7 +42,9 @@ class FunctionModule(nn.Module):
         modules: dict[str, Way] = {}
         for name, way, value in reached(self.function):
             if isinstance(value, nn.Module):
-                key = name.replace("/", "_").replace(".", "_") or "function"  # of a partial
+                key = name.replace("/", "_").replace(".", "_") or "called"  # by a partial
+                while key in self.__dict__ or hasattr(FunctionModule, key):  # taken here
+                    key += "_"
                 key = _unused(key, modules)
                 modules[key] = way
                 self._put(key, value)

@@ -14,7 +14,7 @@ from torch import nn
 
 import fxhess
 from fxhess import oracle
-from fxhess.closures import reached
+from fxhess.closures import FunctionModule, reached
 
 X = randn(3, 4)
 
@@ -205,3 +205,16 @@ def test_large_containers_and_cycles_end():
 def test_libraries_are_not_looked_into():
     model = lambda x: torch.nn.functional.softplus(x).sum(-1) + len(sys.path)  # noqa: E731
     assert list(reached(model)) == []
+
+
+@pytest.mark.parametrize("name", ["function", "training", "forward", "discover"])
+def test_names_that_a_module_has_itself(name):
+    net = nn.Linear(2, 2)
+    scope = {name: net}
+    exec(f"def outer({name}):\n  return lambda x: {name}(x).tanh().sum(-1)", scope)
+    module = FunctionModule(scope["outer"](net))
+    assert {id(p) for p in module.parameters()} == {id(p) for p in net.parameters()}
+    x = torch.randn(3, 2)
+    assert fxhess.transform(scope["outer"](net))(x).shape == (3, 2, 2)
+    partial = functools.partial(nn.Sequential(net, nn.Tanh()))
+    assert next(n for n, _ in FunctionModule(partial).named_parameters()).endswith("0.weight")
