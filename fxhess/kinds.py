@@ -145,11 +145,13 @@ class Linear:
     operands that do not depend on x; where it is missing, the operation itself is applied to the
     tangent of its one operand.  With ``fold`` the functions (and the operation) accept exactly
     one leading axis before the mixed ones, and the caller folds all leading axes into it.
+    ``moves``: each entry of y is an entry of an operand, in a place that no value decides.
     """
 
     pull: Callable[..., Any]
     push: Callable[..., Any] | None = None
     fold: bool = False
+    moves: bool = False
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from fxhess.passes.draft import Draft, Term
 from fxhess.passes.fuse import fuse, fusible
 from fxhess.passes.lower import lower
 from fxhess.passes.plan import plan as make_plan
+from fxhess.passes.rejoin import rejoin
 from fxhess.passes.simplify import simplify
 from fxhess.rates import rates_for
 from fxhess.registry import version
@@ -197,6 +198,8 @@ def compile_captured(captured: Captured, x: torch.Tensor, options: Options) -> P
     check_canonical(canonical, "canonicalize")
     canonical = mark_activity(canonical)
     check_canonical(canonical, "mark_activity")
+    canonical = rejoin(canonical)
+    check_canonical(canonical, "rejoin")
     clock.mark("activity")
     batch = canonical.x.meta[VAL].shape[: captured.batch_ndim]
     given = {g.name: g.stand_in(batch, x.dtype) for g in options.given if not g.constant}

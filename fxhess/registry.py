@@ -170,12 +170,13 @@ def linear(
     pull: Callable[..., Any],
     push: Callable[..., Any] | None = None,
     fold: bool = False,
+    moves: bool = False,
     differentiable: tuple[str, ...] = (),
     output: int | None = None,
     rewrite: Callable[..., Any] | None = None,
 ) -> Rule:
     """An operation linear in its differentiable operands: see :class:`fxhess.kinds.Linear`."""
-    kind = kinds.Linear(pull, push, fold)
+    kind = kinds.Linear(pull, push, fold, moves)
     return register_rule(Rule(op, axes, kind, differentiable, output, rewrite))
 
 

@@ -176,7 +176,7 @@ class Layouts:
         axes = tuple(i if i < at else (None if i == at else i + after) for i in range(len(event)))
         first = at - (len(event) + after)
         last = first + after
-        kind = Linear(pull=lambda g, c: torch.flatten(g, first, last))
+        kind = Linear(pull=lambda g, c: torch.flatten(g, first, last), moves=True)
         self.annotate(var, kind, [laid.var], [axes])
         groups = tuple(
             tuple(p for a in group for p in (parts if a is atom else (a,))) for group in laid.groups
@@ -197,7 +197,7 @@ class Layouts:
         first, last = at - len(event), at + n - 1 - len(event)
         sizes = tuple(a.size for a in group)
         var = self.emitter.call(torch.flatten, laid.var, first, last)
-        kind = Linear(pull=lambda g, c: torch.unflatten(g, last, sizes))
+        kind = Linear(pull=lambda g, c: torch.unflatten(g, last, sizes), moves=True)
         axes = tuple(
             i if i < at else (None if i < at + n else i - n + 1) for i in range(len(event))
         )

@@ -157,7 +157,7 @@ def _slice_pull(g: Any, c: Call) -> Any:
     return spaced(g, dim, start, step, c.y.size(dim), n)
 
 
-linear(aten.slice.Tensor, Along("dim"), pull=_slice_pull, rewrite=_whole_slice)
+linear(aten.slice.Tensor, Along("dim"), pull=_slice_pull, moves=True, rewrite=_whole_slice)
 
 
 @composite(aten.select.int)
@@ -234,6 +234,7 @@ linear(
     Along("dim"),
     pull=_cat_pull,
     push=lambda c, *t: torch.cat(list(t), c.args[1]),
+    moves=True,
     differentiable=("tensors",),
     rewrite=_cat_rewrite,
 )
@@ -257,7 +258,7 @@ def block_diag(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 # --- turning --------------------------------------------------------------------------------
 
-linear(aten.flip.default, Along("dims"), pull=lambda g, c: torch.flip(g, c.args[1]))
+linear(aten.flip.default, Along("dims"), pull=lambda g, c: torch.flip(g, c.args[1]), moves=True)
 
 
 def _roll_rewrite(self: torch.Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Any:
@@ -273,6 +274,7 @@ linear(
     aten.roll.default,
     Along("dims"),
     pull=lambda g, c: torch.roll(g, [-s for s in c.args[1]], c.args[2]),
+    moves=True,
     rewrite=_roll_rewrite,
 )
 
