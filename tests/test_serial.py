@@ -23,7 +23,7 @@ def test_programs_of_the_zoo_come_back(family, case):
     x = case.draw()
     hess = fxhess.transform(case.model(), ("gradient", "hessian"), event_ndim=len(case.event))
     try:
-        program = hess._found(hess._prepared((x,), {})).program
+        program = hess._found(hess.prepared((x,), {})).program
         text = serial.dumps(program)
     except serial.NotPlainError as error:
         pytest.skip(f"stays in memory: {error}")
