@@ -90,6 +90,13 @@ def operands(node: fx.Node) -> tuple[fx.Node, ...]:
     return known.operands if known is not None else ()
 
 
+def is_repeatable(node: fx.Node) -> bool:
+    """Whether the node alone is the whole operation that its fact speaks of: neither one of several
+    results nor the last step of several."""
+    known = known_fact(node)
+    return node.target is known.operator and node.args == known.args
+
+
 def is_active(node: fx.Node) -> bool:
     """Whether a derivative with respect to x flows through the node's value."""
     known = fact(node)

@@ -165,13 +165,15 @@ class Smooth:
 
     With ``later``, curve is given one thing more: h, the second derivative of all that follows by
     y along the mixed axes, everything else fixed, ``[*lead of g, *batch, *y, *mixed of y]``.  For
-    quotients of differences of g, of which h tells the limit where they are 0 / 0.
+    quotients of differences of g, of which h tells the limit where they are 0 / 0.  ``finite``:
+    so are its derivatives wherever its value is.
     """
 
     push: Callable[..., Any]
     pull: Callable[..., Any]
     curve: Callable[..., Any]
     later: bool = False
+    finite: bool = False
 
 
 @dataclass(frozen=True)

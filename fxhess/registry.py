@@ -190,11 +190,13 @@ def smooth(
     differentiable: tuple[str, ...] = (),
     output: int | None = None,
     later: bool = False,
+    finite: bool = False,
     alone: bool = False,
+    rewrite: Callable[..., Any] | None = None,
 ) -> Rule:
     """An operation with forms of its own: see :class:`fxhess.kinds.Smooth`."""
-    kind = kinds.Smooth(push, pull, curve, later)
-    return register_rule(Rule(op, axes, kind, differentiable, output, alone=alone))
+    kind = kinds.Smooth(push, pull, curve, later, finite)
+    return register_rule(Rule(op, axes, kind, differentiable, output, rewrite, alone))
 
 
 def composite(*ops: OpOverload) -> Callable[[F], F]:

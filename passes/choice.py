@@ -42,7 +42,18 @@ class Choices:
         levels = self._levels(next(iter(points)))
         self.reaching = set(levels)
         self.chosen = {n for n, level in levels.items() if bool((level < 1).any())}
-        self.guarded = {n: p for n, p in points.items() if n in self.chosen}
+        self.guarded = {
+            n: p for n, p in points.items() if n in self.chosen and self._is_dropped(n, levels[n])
+        }
+
+    def _is_dropped(self, node: fx.Node, level: torch.Tensor) -> bool:
+        """Whether all that some arguments are used for may be left out: a smooth operation makes
+        several entries of the same arguments."""
+        known = known_fact(node)
+        if isinstance(known.kind, Smooth):
+            mixed = [e for e in range(level.ndim) if e not in known.axes[0]]
+            level = level.amax(mixed) if mixed and level.numel() else level
+        return bool((level < 1).any())
 
     def _levels(self, first: fx.Node) -> dict[fx.Node, torch.Tensor]:
         """Levels ``[*event]`` of the nodes from ``first`` on that reach the output."""

@@ -136,9 +136,12 @@ def _moving(
     assert isinstance(kind, Smooth)
     curve = kind.curve
     own = [e for e, out in enumerate(known.axes[j]) if out is None]
+    through = {out: e for e, out in enumerate(known.axes[j]) if out is not None}
 
     def apply(t: Structured) -> Structured:
-        t = forms.algebra.widen(forms.algebra.untie(t, range(len(t.ties))), own)
+        """Where an axis passes through the operation, a tie of the tangent does too."""
+        t = forms.algebra.widen(forms.algebra.untie(t, own), own)
+        tied = [None if out is None else t.ties[through[out]] for out in known.axes[i]]
         adjoint, tangent = forms.algebra.tensor(g), forms.algebra.tensor(t)
         m, n = len(g.free), len(t.free)
         lift = (slice(None),) * m + (None,) * n
@@ -148,6 +151,7 @@ def _moving(
         core = curve(call, adjoint, i, j, tangent, *given)
         event = forms.canonical.event(known.operands[i])
         forms.check_rank(node, core, m + n + forms.nb + len(event))
-        return Structured(core, (None,) * len(event), (*g.basis, *t.basis), event)
+        ties = tuple(None if k is None else len(g.basis) + k for k in tied)
+        return Structured(core, ties, (*g.basis, *t.basis), event)
 
     return apply

@@ -238,7 +238,7 @@ def _point(node: fx.Node) -> tuple[float, ...] | None:
         return None
     known = known_fact(node)
     if isinstance(known.kind, Smooth):
-        return ()
+        return None if known.kind.finite else ()
     if not isinstance(known.kind, Elementwise):
         return None
     return constant_point(known, tuple(map(is_active, known.operands)))

@@ -24,7 +24,7 @@ import torch
 from torch import fx
 
 from fxhess.emit import ORIGIN, VAL, Var
-from fxhess.facts import Canonical, fact, is_active, known_fact, operands
+from fxhess.facts import Canonical, fact, is_active, is_repeatable, known_fact, operands
 from fxhess.kinds import Call, Elementwise, Linear, Smooth
 from fxhess.passes.choice import Choices, is_linear, is_piecewise_linear
 from fxhess.passes.forms import Forms
@@ -137,10 +137,10 @@ class _Writer:
                 replaced[operand] = self._masked(own, value, self.harmless.regular(operand))
             else:
                 replaced[operand] = self._masked(mask, value, self.choices.guarded[node][i])
-        if isinstance(known.kind, Smooth):  # made of several operations
-            self._set(node, replaced, self._masked(mask, self.raw.values[node], 0.0))
-        else:
+        if is_repeatable(node) or not isinstance(known.kind, Smooth):
             self._set(node, replaced)
+        else:
+            self._set(node, replaced, self._masked(mask, self.raw.values[node], 0.0))
 
     def _rewrite(self, node: fx.Node) -> None:
         """An operation that comes after a guarded one."""

@@ -21,7 +21,7 @@ from torch import fx
 
 from fxhess.contraction import Factor, contract
 from fxhess.emit import ORIGIN, VAL, Var
-from fxhess.facts import Canonical, is_active, known_fact
+from fxhess.facts import Canonical, is_active, is_repeatable, known_fact
 from fxhess.kinds import Call, Elementwise, Label, Linear, Multilinear, Smooth
 from fxhess.passes.choice import is_piecewise_linear, moved
 from fxhess.passes.dependence import Dependence, depends, scales
@@ -160,10 +160,10 @@ class _Writer:
         def lookup(n: fx.Node) -> Any:
             return replaced[n] if n in replaced else self.forms.values[n]
 
-        if isinstance(known.kind, Smooth):  # made of several operations
-            y = torch.where(mask, before.y, 0.0)  # type: ignore[arg-type]
-        else:
+        if is_repeatable(node) or not isinstance(known.kind, Smooth):
             y = self.write(node, lookup)
+        else:
+            y = torch.where(mask, before.y, 0.0)  # type: ignore[arg-type]
         return Call(
             fx.node.map_arg(known.args, lookup),  # type: ignore[arg-type]
             fx.node.map_arg(dict(known.kwargs), lookup),  # type: ignore[arg-type]

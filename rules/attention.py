@@ -1,35 +1,79 @@
 """Softmaxes.  Attention itself is captured in its mathematical form: matrix products, a mask, and
-one of these."""
+one of these.
+
+With forms of their own, in which tangents and adjoints enter by their differences from the mean
+only: what all entries have in common changes nothing, and in the forms of exponential, sum and
+quotient it would cancel at the end, with its rounding errors left.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from fxhess.registry import aten, composite
-from fxhess.rules.reductions import finite_peak
+from fxhess.kinds import Along, Call
+from fxhess.registry import aten, composite, smooth
 
 
-def _exponentials(self: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``exp(x - peak)`` and its sum along ``dim``, from which all softmaxes follow."""
-    terms = torch.exp(self - finite_peak(self, [dim]))
-    return terms, torch.sum(terms, [dim], True)
+def _rest(weights: Any, values: Any, call: Call) -> Any:
+    """What is left of values without their weighted mean along ``dim``."""
+    return values - torch.sum(weights * values, [call.args[1]], True)
 
 
-@composite(aten._softmax.default)
-def softmax(self: torch.Tensor, dim: int, half_to_float: bool) -> torch.Tensor:
-    terms, total = _exponentials(self.float() if half_to_float else self, dim)
-    return terms / total
+def _float_first(op: Any) -> Any:
+    """The type of the result is that of the operand, here."""
+
+    def rewrite(self: torch.Tensor, dim: int, half_to_float: bool) -> Any:
+        if self.ndim == 0:
+            return op(self[None], 0, half_to_float)[0]
+        return op(self.float(), dim, False) if half_to_float else NotImplemented
+
+    return rewrite
+
+
+def _softmax_pull(g: Any, call: Call) -> Any:
+    return call.y * _rest(call.y, g, call)
+
+
+def _softmax_curve(call: Call, g: Any, i: int, j: int, t: Any) -> Any:
+    return call.y * _rest(call.y, _rest(call.y, g, call) * _rest(call.y, t, call), call)
+
+
+smooth(
+    aten._softmax.default,
+    Along("dim"),
+    push=lambda call, t: _softmax_pull(t, call),
+    pull=_softmax_pull,
+    curve=_softmax_curve,
+    rewrite=_float_first(aten._softmax.default),
+    finite=True,
+)
 
 
 @composite(aten._safe_softmax.default)
 def safe_softmax(self: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """0 in rows that are masked wholly, where ``softmax`` is not a number."""
-    terms, total = _exponentials(self if dtype is None else self.to(dtype), dim)
-    return terms / torch.where(total == 0, 1.0, total)
+    x = self if dtype is None else self.to(dtype)
+    none = torch.all(torch.isneginf(x), dim, True)
+    return torch.where(none, 0.0, torch.softmax(torch.where(none, 0.0, x), dim))
 
 
-@composite(aten._log_softmax.default)
-def log_softmax(self: torch.Tensor, dim: int, half_to_float: bool) -> torch.Tensor:
-    x = self.float() if half_to_float else self
-    shifted = x - finite_peak(x, [dim])
-    return shifted - torch.log(torch.sum(torch.exp(shifted), [dim], True))
+def _log_softmax_pull(g: Any, call: Call) -> Any:
+    return g - torch.exp(call.y) * torch.sum(g, [call.args[1]], True)
+
+
+def _log_softmax_curve(call: Call, g: Any, i: int, j: int, t: Any) -> Any:
+    p = torch.exp(call.y)
+    return -torch.sum(g, [call.args[1]], True) * p * _rest(p, t, call)
+
+
+smooth(
+    aten._log_softmax.default,
+    Along("dim"),
+    push=lambda call, t: _rest(torch.exp(call.y), t, call),
+    pull=_log_softmax_pull,
+    curve=_log_softmax_curve,
+    rewrite=_float_first(aten._log_softmax.default),
+    finite=True,
+)

@@ -111,7 +111,7 @@ def test_a_set_is_tied_over_its_members():
     ("function", "name", "kind"),
     [
         (lambda x: (x * x.sin()).sum(-1), "mul", "multilinear"),
-        (lambda x: x.softmax(-1)[..., 0], "softmax", "composite"),
+        (lambda x: x.softmax(-1)[..., 0], "softmax", "smooth"),
         (lambda x: nn.functional.layer_norm(x, (4,)).square().sum(-1), "layer_norm", "composite"),
         (lambda x: (x.sin() * (x > 0)).sum(-1), "gt", "zero"),
         (lambda x: torch.linalg.inv(torch.diag_embed(x.exp())).sum((-1, -2)), "inv", "opaque"),

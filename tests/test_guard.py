@@ -21,6 +21,14 @@ W = torch.tensor([[0.3, -1.0, 0.5], [0.2, 0.7, -0.4], [1.0, 0.1, 0.6]], dtype=FL
 P = torch.tensor([0.5, 1.5, -1.0], dtype=FLOAT)
 
 
+MASK = torch.tensor([[0, 0, -torch.inf], [-torch.inf] * 3, [0, 0, 0]], dtype=FLOAT)
+ROW = torch.tensor([[True], [False], [True]])
+
+
+def _scores(x):
+    return x[:, :, None] * x[:, None].sin()
+
+
 def _or(x, other=1.0):
     """x where it is positive: what the referees compute with."""
     return torch.where(x > 0, x, other)
@@ -113,6 +121,20 @@ CASES = {
         lambda x: (
             torch.where(x != 0, x.sin() / torch.where(x != 0, x, 1), 1).sum(1) + (x**4).sum(1)
         ),
+        MIXED,
+    ),
+    "softmax of a masked row": (
+        lambda x: (torch.where(ROW, torch.softmax(_scores(x) + MASK, -1), 0) @ x[..., None]).sum(
+            (1, 2)
+        ),
+        lambda x: (torch.softmax(_scores(x)[:, [0, 2]] + MASK[[0, 2]], -1) @ x[..., None]).sum(
+            (1, 2)
+        ),
+        MIXED,
+    ),
+    "log-softmax of a masked row": (
+        lambda x: torch.log_softmax(_scores(x) + MASK, -1)[:, [2, 0], 1].sin().sum(1),
+        lambda x: torch.log_softmax(_scores(x)[:, [2, 0]] + MASK[[2, 0]], -1)[..., 1].sin().sum(1),
         MIXED,
     ),
     "division by a constant": (
@@ -219,6 +241,7 @@ def test_true_infinities_stay():
         ),
         lambda x: torch.exp(x).sum(1),
         lambda x: torch.logsumexp(x, 1),
+        lambda x: torch.log_softmax(x, 1)[:, 0],
         lambda x: torch.cat([a.exp() for a in x.chunk(2, 1)], 1).sum(1),
         lambda x: torch.stack(x.exp().unbind(1)).prod(0),
     ],
