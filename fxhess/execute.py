@@ -20,13 +20,13 @@ from fxhess.emit import VAL
 from fxhess.errors import InputError
 from fxhess.kernels import for_compiler, use_fast_kernels, write_results
 from fxhess.outputs import Given
-from fxhess.passes.hoist import hoist
+from fxhess.passes.hoist import divide, hoist
 from fxhess.passes.simplify import is_repeatable
 from fxhess.progress import advance
 
 _WORTHWHILE = 5_000_000  # operations; below, the fixed cost of this way of running shows
 _WORTH_A_CALL = 30_000  # operations a sample; below, a compiler does better with all it can see
-_WORTH_KEEPING = 8  # operations of the prologue for each entry of the tensors it depends on
+_WORTH_KEEPING = 8  # operations for each entry of the tensors that something depends on
 _UNSEEN = 6 << 20  # bytes that kernels and the allocator use for themselves
 _LOOSE = 1.5  # what a tile takes at most, against the estimate
 
@@ -52,6 +52,17 @@ class Hoisted:
 
 
 @dataclass(frozen=True)
+class Keeping:
+    """A prologue in two: ``kept`` gives what is worth keeping, from the tensors at the positions
+    ``taken``, ``rest`` the others, from all; ``which``: for each result, whether it is kept."""
+
+    kept: fx.GraphModule
+    rest: fx.GraphModule
+    taken: list[int]
+    which: list[bool]
+
+
+@dataclass(frozen=True)
 class Running:
     """How to run: ``compile`` the generated code with ``torch.compile``; ``max_memory``: bytes
     that a call may take besides x and a given result, None for what suits the device."""
@@ -71,8 +82,8 @@ class Execution:
     and the results to write into.  ``leads`` and ``shapes``: sizes of each result's axes before
     and after the batch; ``per_sample``: bytes of working memory a sample needs at the peak;
     ``hoisted``: bytes of what the prologue gives, and of copies of what it is made of where it is
-    worth keeping (``keeps``); ``flops``: operations a sample takes; estimates.  ``tiled``: whether
-    samples may be run apart (no random numbers).
+    worth keeping (``keeping``); ``flops``: operations a sample takes; estimates.  ``tiled``:
+    whether samples may be run apart (no random numbers).
     """
 
     prologue: fx.GraphModule
@@ -85,7 +96,7 @@ class Execution:
     per_sample: int
     hoisted: int
     flops: int
-    keeps: bool
+    keeping: Keeping
     tiled: bool
 
     def worthwhile(self, x: torch.Tensor) -> bool:
@@ -130,10 +141,8 @@ class Execution:
         crossing = {n.name for n in body.nodes if n.op == "placeholder"}
         made = [n for n in calls if n.name in crossing]
         sources = [n for n in prologue.nodes if n.op == "placeholder"]
-        work = sum(map(cost.flops, prologue.nodes))
-        entries = sum(n.meta[VAL].numel() for n in sources)
-        keeps = work >= _WORTH_KEEPING * entries
-        held = sum(map(cost.own_bytes, made)) + (sum(map(_bytes, sources)) if keeps else 0)
+        kept, rest, taken, keeps = divide(prologue, _WORTH_KEEPING)
+        held = sum(map(cost.own_bytes, made)) + sum(_bytes(sources[i]) for i in taken)
         write_results(use_fast_kernels(body))
         empty = torch.nn.Module()
         return cls(
@@ -147,7 +156,12 @@ class Execution:
             max(1, peak // max(1, nominal)),
             held,
             sum(map(cost.flops, calls)) // max(1, nominal),
-            keeps,
+            Keeping(
+                fx.GraphModule(empty, kept, "Kept"),
+                fx.GraphModule(empty, rest, "Rest"),
+                taken,
+                keeps,
+            ),
             all(is_repeatable(n) for n in calls if n.op == "call_function") and not summed,
         )
 
@@ -207,9 +221,12 @@ class Execution:
     ) -> Any:
         """What the body needs of the model's tensors.  Elsewhere than on CPUs it is made anew:
         seeing that nothing changed would mean to wait for the device."""
-        if kept is None or not self.keeps or not self.tiled or x.device.type != "cpu":
+        keeping = self.keeping
+        if kept is None or not any(keeping.which) or not self.tiled or x.device.type != "cpu":
             return self.prologue.forward(*tensors)
-        return kept.get(tensors, self.prologue.forward)
+        old = iter(kept.get([tensors[i] for i in keeping.taken], keeping.kept.forward))
+        new = iter(keeping.rest.forward(*tensors))
+        return [next(old) if keep else next(new) for keep in keeping.which]
 
     def needs(self, x: torch.Tensor) -> tuple[int, int]:
         """Estimated bytes of a call: those that do not depend on the tile's size (results, what
