@@ -302,7 +302,7 @@ def tracing() -> bool:
 def newest_node() -> fx.Node | None:
     """The last node of the graph being traced by now (None outside of a trace)."""
     mode = get_proxy_mode()
-    return next(reversed(mode.tracer.graph.nodes), None) if mode is not None else None
+    return next(iter(reversed(mode.tracer.graph.nodes)), None) if mode is not None else None
 
 
 def nodes_since(before: fx.Node | None) -> Iterator[fx.Node]:

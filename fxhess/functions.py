@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ _library = torch.library.Library("fxhess", "DEF")
 _library.define("function(Tensor[] tensors, int token) -> Tensor[]")
 
 Function = torch.autograd.Function
-_apply: Callable[..., Any] = Function.__dict__["apply"].__func__
+_original = Function.__dict__["apply"]  # a class method, in Python or (from 2.14 on) in C
 _local = threading.local()
 
 
@@ -77,6 +77,10 @@ class _Slot:
 
 _calls: list[FunctionCall] = []
 _tokens: dict[Any, int] = {}
+
+
+def _apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
+    return _original.__get__(None, cls)(*args, **kwargs)
 
 
 def call_of(token: int) -> FunctionCall:
@@ -216,12 +220,12 @@ def whole_functions() -> Iterator[None]:
 
     before = getattr(_local, "active", False)
     _local.active = True
-    original = Function.__dict__["apply"]
+    before_all = Function.__dict__["apply"]
     Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
-        Function.apply = original  # type: ignore[method-assign]
+        Function.apply = before_all  # type: ignore[method-assign]
         _local.active = before
 
 

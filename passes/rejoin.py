@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxhess.emit import VAL
+from fxhess.emit import VAL, Var
 from fxhess.facts import FACT, Canonical, fact, is_active
 from fxhess.kinds import Linear, Multilinear
 
@@ -88,7 +88,7 @@ def _moved(canonical: Canonical, node: fx.Node, found: dict[fx.Node, _Moved]) ->
     assert known is not None
     kind, operands, event = known.kind, known.operands, canonical.event(node)
     if isinstance(kind, Multilinear):
-        if len(operands) > 1 or kind.scale != 1.0:
+        if len(operands) > 1 or isinstance(kind.scale, Var) or kind.scale != 1.0:
             return None
     elif not (isinstance(kind, Linear) and kind.moves):
         return None
