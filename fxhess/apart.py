@@ -9,7 +9,6 @@ in turn.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -26,6 +25,7 @@ from fxhess.errors import CaptureError, InputError, Origin, SampleMixingError
 from fxhess.execute import Running
 from fxhess.form import Call
 from fxhess.guards import split
+from fxhess.locks import making
 from fxhess.outputs import Given, Output, leading_axes
 from fxhess.pipeline import Options, batched, compile_guard
 from fxhess.reads import transformed
@@ -135,7 +135,6 @@ class Apart:
         self.variants: list[Variant] = []
         self.batch_ndim = call.x.ndim - options.event_ndim
         self.summed = self.averaged = False
-        self._lock = threading.RLock()
 
     # --- running --------------------------------------------------------------------------------
 
@@ -240,7 +239,7 @@ class Apart:
         def of(places: torch.Tensor) -> list[torch.Tensor]:
             return [_some(g, c, places) for g, c in described]
 
-        with self._lock, torch.no_grad():
+        with making, torch.no_grad():
             left = torch.arange(len(xs), device=xs.device)
             if not len(xs):
                 variant = self.variants[0] if self.variants else None

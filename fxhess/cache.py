@@ -10,7 +10,6 @@ import functools
 import hashlib
 import platform
 import sys
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from fxhess import registry, serial
 from fxhess.capture import Captured
 from fxhess.disk import Disk, DiskInfo
 from fxhess.emit import ORIGIN
+from fxhess.locks import making
 from fxhess.naming import LIBRARIES
 from fxhess.pipeline import Program
 
@@ -43,7 +43,6 @@ class CacheInfo(NamedTuple):
 
 class _Cache:
     def __init__(self) -> None:
-        self._lock = threading.RLock()
         self._programs: OrderedDict[str, Program] = OrderedDict()
         self._hits = 0
         self._misses = 0
@@ -55,7 +54,7 @@ class _Cache:
     ) -> Program:
         """The program of ``key``, made by one thread only; or found on disk, where ``lasting``
         gives it a key for all processes."""
-        with self._lock:
+        with making:
             program = self.known(key)
             if program is not None:
                 return program
@@ -66,7 +65,7 @@ class _Cache:
 
     def known(self, key: str) -> Program | None:
         """The program of ``key`` in memory."""
-        with self._lock:
+        with making:
             program = self._programs.get(key)
             if program is not None:
                 self._hits += 1
@@ -75,7 +74,7 @@ class _Cache:
 
     def stored(self, key: str, lasting: str) -> Program | None:
         """The program of ``key``, in memory or on disk."""
-        with self._lock:
+        with making:
             program = self.known(key)
             if program is None:
                 program = self._loaded(lasting)
@@ -118,13 +117,13 @@ class _Cache:
         return program
 
     def info(self) -> CacheInfo:
-        with self._lock:
+        with making:
             return CacheInfo(
                 self._hits, self._misses, len(self._programs), MAXSIZE, self.disk.info()
             )
 
     def clear(self, disk: bool) -> None:
-        with self._lock:
+        with making:
             self._programs.clear()
             self._hits = self._misses = 0
             self.generation += 1

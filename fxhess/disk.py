@@ -15,7 +15,6 @@ import json
 import os
 import re
 import tempfile
-import threading
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +22,7 @@ from typing import NamedTuple
 import filelock
 
 from fxhess import store
+from fxhess.locks import making
 
 _FOLDER = "plans"
 _FORMAT = "fxhess 1"
@@ -50,7 +50,6 @@ class Disk:
     """The entries of the folder that the environment names by now."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._hits = self._misses = 0
         self._problem = ""
 
@@ -70,7 +69,7 @@ class Disk:
         text = None
         if folder is not None and _KEY.fullmatch(key):
             text = self._read(folder / key, key)
-        with self._lock:
+        with making:
             if text is None:
                 self._misses += 1
             else:
@@ -91,7 +90,7 @@ class Disk:
         try:
             folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.mkdir(mode=0o700, exist_ok=True)
-            with filelock.FileLock(folder / ".lock", timeout=_PATIENCE, mode=0o600):
+            with making, filelock.FileLock(folder / ".lock", timeout=_PATIENCE, mode=0o600):
                 _write(folder / key, json.dumps(head).encode() + b"\n" + content)
                 _make_room(folder, limit)
         except (OSError, NotImplementedError) as error:  # a timeout, or a disk without locks, too
@@ -110,7 +109,7 @@ class Disk:
         folder = self._folder()
         for path in [] if folder is None else _entries(folder):
             _remove(path)
-        with self._lock:
+        with making:
             self._hits = self._misses = 0
             self._problem = ""
 

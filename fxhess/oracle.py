@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fxhess._settings import plain_attention
+from fxhess.locks import making
 
 Model = nn.Module | Callable[..., Any]
 
@@ -49,7 +50,7 @@ def hessian(model: Model, x: torch.Tensor, event_ndim: int = 1) -> torch.Tensor:
         function = sample_function(model, x, event_ndim)
         point = sample.clone().requires_grad_(True)
         rows = []
-        with torch.enable_grad(), plain_attention(), as_written():
+        with making, torch.enable_grad(), plain_attention(), as_written():
             ys = function(point)
             outputs = ys.numel()
             for y in ys:
@@ -119,7 +120,7 @@ def gradient(model: Model, x: torch.Tensor, event_ndim: int = 1) -> torch.Tensor
     for sample in x.detach().reshape(-1, *event):
         function = sample_function(model, x, event_ndim)
         point = sample.clone().requires_grad_(True)
-        with torch.enable_grad(), plain_attention(), as_written():
+        with making, torch.enable_grad(), plain_attention(), as_written():
             ys = function(point)
             outputs = ys.numel()
             rows = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_capturing = threading.RLock()  # tracing switches process-wide settings of PyTorch
-
+from fxhess.locks import making
 
 _epoch = 0  # odd while a model is captured: its weights are stand-ins then, for all threads
 
@@ -64,7 +62,7 @@ class Reader:
         before = _epoch
         tensors = self._read()
         if before % 2 or before != _epoch:
-            with _capturing:  # wait until it is over
+            with making:  # wait until it is over
                 tensors = self._read()
         return tensors
 
@@ -84,7 +82,7 @@ class Reader:
 def exclusive() -> Iterator[None]:
     """Inside, no other thread captures a model, or reads one."""
     global _epoch
-    with _capturing:
+    with making:
         nested = _epoch % 2  # a model that is captured may call a transformed one
         _epoch += 1 - nested
         try:
@@ -96,7 +94,7 @@ def exclusive() -> Iterator[None]:
 def tracing_elsewhere() -> bool:
     """Whether this thread is being traced by somebody else (``torch.compile``, ``torch.export``).
     While a model is captured, all threads seem to be: this waits until none is."""
-    with _capturing:
+    with making:
         return torch.compiler.is_compiling()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +25,7 @@ from fxhess.errors import (
 )
 from fxhess.execute import Running
 from fxhess.form import PLAIN, Call
+from fxhess.locks import making
 from fxhess.outputs import check_entries, parse, refuse_details
 from fxhess.pipeline import Options
 from fxhess.recall import bound
@@ -53,7 +53,6 @@ class Programs:
         self.running = running
         self.follows = isinstance(model, FunctionModule)
         self.bindings: dict[Any, list[Any]] = {}
-        self._lock = threading.RLock()
 
     def options(self, call: Call) -> Options:
         """The options as they are for what this call differentiates.
@@ -115,7 +114,7 @@ class Programs:
                 f"the shape of a sample is not known while PyTorch traces this call: {x.shape}",
                 hint="trace or export it with no axes dynamic but those of the batch",
             )
-        with self._lock, collector_paused():
+        with making, collector_paused():
             if self.follows:
                 self.model.discover()  # type: ignore[operator]
             found = self.find(call)
@@ -168,9 +167,4 @@ class Programs:
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state["bindings"] = {}  # found again in the cache, or made anew, at the next call
-        del state["_lock"]
         return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.RLock()

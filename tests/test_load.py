@@ -1,0 +1,308 @@
+"""Load: memory that runs out, interrupts, processes and threads, and nothing that grows.
+
+A representative part runs with the suite; ``FXHESS_FAULTS=10 pytest tests/test_faults.py
+tests/test_load.py`` does ten times as much of everything.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import resource
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from forked import finished, forked, times
+from reference import assert_close, mlp, randn
+from torch import nn
+
+import fxhess
+from fxhess import capture, oracle
+from fxhess import execute as execution_module
+from fxhess.cache import programs
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
+
+# --- runs -------------------------------------------------------------------------------------
+
+
+def test_memory_runs_out_in_the_middle_of_a_tile(monkeypatch):
+    """The tile is run again, half as large; a second time it is an error, and nothing is left of
+    it."""
+    model, x = mlp(6, 32, 1), randn(64, 6)
+    plain = fxhess.transform(model)
+    fixed, one = plain._found(plain.prepared((x,), {})).program.execution.needs(x)
+    limit = fixed + int(16 * one * execution_module._LOOSE)
+    hess = fxhess.transform(model, max_memory=limit)
+    want = oracle.hessian(model, x)
+    with torch.no_grad():
+        assert_close(hess(x), want)
+    program = hess._found(hess.prepared((x,), {})).program
+    assert program.execution.tiles(x, limit) == 4
+    body, calls = program.execution.body.forward, []
+    for failing in ({1}, {3}, {1, 2}):
+        calls.clear()
+
+        def flaky(*args, failing=frozenset(failing)):
+            calls.append(args[0].shape[0])
+            if len(calls) in failing:
+                args[-1].fill_(float("nan"))  # half a tile is written
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            return body(*args)
+
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(program.execution.body, "forward", flaky)
+            if len(failing) == 1:
+                assert_close(hess(x), want)
+                (failed,) = failing
+                assert calls[failed] == calls[failed - 1] // 2
+            else:
+                with pytest.raises(RuntimeError, match="allocate"):
+                    hess(x)
+        with torch.no_grad():
+            assert_close(hess(x), want)
+
+
+@pytest.mark.parametrize("at", [1, 3, 99])
+def test_interrupts_in_capture(at, monkeypatch):
+    """Whenever it comes, the next call captures from the start, and PyTorch's settings are back."""
+    model, x = mlp(3, 4, 4, 1), randn(2, 3)
+    settings = (
+        torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled(),
+        torch.compiler.is_compiling(), torch.compiler.is_exporting(),
+        torch.autograd.Function.__dict__["apply"], len(model[0]._forward_hooks),
+        torch._C._get_mkldnn_enabled(), torch._C._len_torch_dispatch_stack(),
+        torch._C._len_torch_function_stack(), torch.distributions.Distribution._validate_args,
+    )  # fmt: skip
+    line, count = capture.calling_line, 0
+
+    def interrupted():
+        nonlocal count
+        count += 1
+        if count == at:
+            raise KeyboardInterrupt
+        return line()
+
+    hess = fxhess.transform(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(capture, "calling_line", interrupted)
+        if at < 9:
+            with pytest.raises(KeyboardInterrupt):
+                hess(x)
+        else:
+            with_signal(hess, x)
+    assert settings == (
+        torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled(),
+        torch.compiler.is_compiling(), torch.compiler.is_exporting(),
+        torch.autograd.Function.__dict__["apply"], len(model[0]._forward_hooks),
+        torch._C._get_mkldnn_enabled(), torch._C._len_torch_dispatch_stack(),
+        torch._C._len_torch_function_stack(), torch.distributions.Distribution._validate_args,
+    )  # fmt: skip
+    assert_close(hess(x), oracle.hessian(model, x))
+
+
+def with_signal(hess, x):
+    """The same by a signal, at any time."""
+    timer = threading.Timer(0.01, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    try:
+        hess(x)
+        timer.join()
+        time.sleep(0.01)
+    except KeyboardInterrupt:
+        pass
+    timer.join()
+
+
+# --- processes and threads ------------------------------------------------------------------------
+
+
+def _work(hess, x, want):
+    torch.set_num_threads(1)
+    error = (hess(x) - want).abs().max().item()
+    other = (fxhess.transform(nn.Sequential(nn.Linear(3, 2), nn.Tanh()).double())(x)).shape
+    os._exit(0 if error < 1e-12 and other == (4, 2, 3, 3) else 1)
+
+
+@pytest.mark.parametrize("way", ["fork", "spawn"])
+def test_workers(way):
+    """They go on with the parent's module, and make new ones."""
+    context = multiprocessing.get_context(way)
+    hess, x = fxhess.transform(mlp(3, 4, 1)), randn(4, 3)
+    want = hess(x).detach()
+    workers = [context.Process(target=_work, args=(hess, x, want)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        assert worker.exitcode == 0
+
+
+class _Set(torch.utils.data.Dataset):
+    """Samples that are the Hessians at some points."""
+
+    def __init__(self):
+        self.hess = fxhess.transform(mlp(3, 4, 1))
+        self.x = randn(6, 3)
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        with torch.no_grad():
+            return self.hess(self.x[i : i + 1])[0]
+
+
+def test_workers_of_a_data_loader():
+    data = _Set()
+    want = oracle.hessian(data.hess.model, data.x)
+    assert_close(data[0], want[0])
+    context = multiprocessing.get_context("fork")
+    loader = torch.utils.data.DataLoader(data, 3, num_workers=2, multiprocessing_context=context)
+    assert_close(torch.cat(list(loader)), want)
+
+
+def test_a_fork_while_another_thread_captures():
+    """The child has no such thread: it must not wait for it."""
+    hess, x = fxhess.transform(mlp(3, 4, 1)), randn(4, 3)
+    want, held = hess(x).detach(), threading.Event()
+
+    def capturing(x):
+        held.set()
+        time.sleep(0.3)
+        return x.sin().sum(-1)
+
+    thread = threading.Thread(target=lambda: fxhess.transform(capturing)(randn(2, 3)))
+    thread.start()
+    held.wait(60)
+    worker = multiprocessing.get_context("fork").Process(target=_work, args=(hess, x, want))
+    worker.start()
+    worker.join(60)
+    thread.join()
+    if worker.exitcode is None:
+        worker.kill()
+    assert worker.exitcode == 0
+
+
+def test_two_threads_never_wait_for_each_other():
+    """One captures a model that calls a transformed one, which the other calls for the first time:
+    with two locks each would hold one of them."""
+    inner = fxhess.transform(lambda x: x.sin().sum(-1))
+    x, inside, called = randn(2, 3), threading.Event(), threading.Event()
+
+    def outer(x):
+        inside.set()
+        called.wait(60)
+        time.sleep(0.2)
+        return inner(x).sum((-1, -2))
+
+    results = {}
+
+    def first():
+        results["outer"] = fxhess.transform(outer)(x)
+
+    def second():
+        inside.wait(60)
+        called.set()
+        results["inner"] = inner(x)
+
+    threads = [threading.Thread(target=work, daemon=True) for work in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert_close(results["inner"], torch.diag_embed(-x.sin()))
+    assert_close(results["outer"], torch.diag_embed(x.sin()))
+
+
+def test_threads_transform_one_model_at_once(disk):
+    """Each its own transform of the same modules, with plans on disk."""
+    model, x = mlp(3, 6, 6, 1), randn(5, 3)
+    want = oracle.hessian(model, x)
+    for _ in range(times(2)):
+        failures, start = [], threading.Barrier(8)
+
+        def work(start=start, failures=failures):
+            try:
+                start.wait()
+                assert_close(fxhess.transform(model)(x), want)
+            except BaseException as error:  # shown by the assertion below
+                failures.append(error)
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
+        fxhess.cache_clear()
+
+
+# --- growth ---------------------------------------------------------------------------------------
+
+
+def _memory() -> int:
+    gc.collect()
+    return psutil.Process().memory_info().rss
+
+
+def test_calls_do_not_grow_memory():
+    """10,000 with FXHESS_FAULTS=10."""
+    hess = fxhess.transform(mlp(8, 64, 1), ("value", "hessian"))
+    x = randn(64, 8)
+    with torch.no_grad():
+        for _ in range(200):
+            hess(x)
+        before = _memory()
+        for _ in range(times(1000)):
+            hess(x)
+    assert _memory() - before < 8 << 20
+
+
+def test_distinct_transforms_do_not_grow_memory(disk):
+    """500 with FXHESS_FAULTS=10.  More than are kept make room, in memory and on disk."""
+    x, kept = randn(2, 3), programs
+
+    def transform(n):
+        scale = 1 + n / 7
+        fxhess.transform(lambda x: (x * scale).sin().sum(-1))(x)
+
+    count = times(50)
+    limit, before = (count // 2, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fxhess.cache.MAXSIZE", limit)
+        patch.setenv("FXHESS_CACHE_SIZE", "40k")
+        for n in range(count):
+            transform(n)
+            if n == limit:
+                before = _memory()
+        info = kept.info()
+    assert before is not None and _memory() - before < (4 << 20) + count * 40_000
+    assert info.size == limit and info.disk.bytes <= 40 << 10 and not info.disk.problem
+
+
+def _within(limit):
+    model = mlp(*([96] * 3), 1).float()
+    model.requires_grad_(False)
+    hess = fxhess.transform(model, max_memory=limit)
+    x = torch.randn(3000, 96)
+    hess(x[:2])
+    want = hess(x[:50])
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (pages + limit, pages + limit))
+    assert torch.allclose(hess(x)[:50], want, atol=1e-6)
+    with pytest.raises(RuntimeError, match="memory"):  # the limit is one
+        torch.empty(2 * limit, dtype=torch.uint8)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_memory_stays_under_a_hard_limit():
+    """The result takes 110 MB, so that a call without tiles would pass the limit."""
+    assert finished(forked(_within, 160 << 20)) == 0
