@@ -351,10 +351,18 @@ def with_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+# Asked once: torch.compile of 2.11 cannot trace the question.
+_AUTOCAST = frozenset(
+    kind
+    for kind in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu")
+    if torch.amp.is_autocast_available(kind)
+)
+
+
 def autocasting(device: torch.device) -> torch.dtype | None:
     """The type that ``torch.autocast`` casts to on a device now, None where it is off."""
     kind = device.type
-    if not torch.amp.is_autocast_available(kind):
+    if kind not in _AUTOCAST:
         return None
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 

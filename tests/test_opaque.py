@@ -79,6 +79,8 @@ def _model(use: Use) -> Callable[[torch.Tensor], torch.Tensor]:
 @pytest.mark.parametrize("use", USES, ids=lambda use: use.name.replace(" ", "-"))
 def test_is_double_backward(use):
     model, x = _model(use), use.draw()
+    if use.name == "grid_sample" and torch.__version__ < (2, 13):  # type: ignore[operator]
+        pytest.skip("PyTorch itself has no second derivative of it")
     hess = fxhess.transform(
         model, ("value", "gradient", "hessian"), event_ndim=len(use.event), fallback="error"
     )
