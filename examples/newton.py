@@ -4,9 +4,10 @@
 
 Two problems with known answers.
 
-*A path of classifiers*: multinomial logistic regression of Fisher's irises (Annals of Eugenics 7
-(1936) 179) for sixty strengths of the penalty, all by the same Newton steps: the Hessians are
-``[60, 15, 15]``, the solves one call of ``torch.linalg``.
+*Which penalty?* Multinomial logistic regression of Fisher's irises (Annals of Eugenics 7 (1936)
+179), for many strengths of the penalty, and to choose among them by cross-validation each also with
+one flower left out, for every flower: thousands of classifiers, all by the same Newton steps.  The
+Hessians are ``[penalties, flowers, 15, 15]``, the solves one call of ``torch.linalg``.
 
 *A hard fit from many starts*: the data of Kowalik and Osborne, NIST's StRD problem MGH09, whose
 parameters are certified to eleven digits.  Far from them the Hessian is indefinite: a trust region
@@ -16,20 +17,25 @@ section 4.3) shifts its eigenvalues, for all starts at once.
 
 from __future__ import annotations
 
-import argparse
+import time
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxhess
+from examples import pictures
 from fxhess.demo import iris
+
+SPECIES = ("setosa", "versicolor", "virginica")
 
 # --- a path of classifiers ------------------------------------------------------------------------
 
 
-class Likelihood(nn.Module):
-    """Minus the mean log-likelihood of weights ``[*batch, 15]`` (5 for each species)."""
+class Regression(nn.Module):
+    """What multinomial logistic regression of the irises minimizes, of weights ``[*batch, 15]``:
+    four features' and a constant, for each species.  Minus the mean log-likelihood of the flowers
+    that count (``counted: [*batch, 150]``, ones and zeros) + ``penalty: [*batch]`` |w|^2 / 2."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,27 +44,58 @@ class Likelihood(nn.Module):
         self.register_buffer("x", F.pad(x, (0, 1), value=1.0).double())
         self.register_buffer("chosen", F.one_hot(species, 3).double())
 
-    def forward(self, weights: Tensor) -> Tensor:
-        scores = self.x @ weights.unflatten(-1, (3, 5)).mT  # [*batch, 150, 3]
-        return -(torch.log_softmax(scores, -1) * self.chosen).sum(-1).mean(-1)
+    def log_likelihood(self, w: Tensor) -> Tensor:
+        """Of every flower: ``[*batch, 150]``."""
+        scores = self.x @ w.unflatten(-1, (3, 5)).mT  # [*batch, 150, 3]
+        return (torch.log_softmax(scores, -1) * self.chosen).sum(-1)
+
+    def forward(self, w: Tensor, penalty: Tensor, counted: Tensor) -> Tensor:
+        mean = (self.log_likelihood(w) * counted).sum(-1) / counted.sum(-1)
+        return 0.5 * penalty * w.square().sum(-1) - mean
 
 
-def newton_path(penalties: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Weights ``[n, 15]`` that minimize likelihood + penalty |w|^2 / 2 for each penalty, and the
-    norms of the gradients after each step, ``[steps + 1, n]``."""
-    likelihood = fxhess.transform(Likelihood(), ("gradient", "hessian"))
-    w = penalties.new_zeros(len(penalties), 15)
-    eye = torch.eye(15, dtype=w.dtype)
+def newton(
+    regression: Regression, penalty: Tensor, counted: Tensor, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Weights ``[*batch, 15]`` after Newton steps from zero, and the norms of the gradients before
+    each step and after the last, ``[steps + 1, *batch]``."""
+    derivatives = fxhess.transform(regression, ("gradient", "hessian"))
+    w = penalty.new_zeros(*penalty.shape, 15)
     norms = []
     for k in range(steps + 1):
         with torch.no_grad():
-            now = likelihood(w)
-        g = now.gradient + penalties[:, None] * w
-        H = now.hessian + penalties[:, None, None] * eye
+            g, H = derivatives(w, penalty, counted)
         norms.append(g.norm(dim=-1))
         if k < steps:
             w = w - torch.cholesky_solve(g[..., None], torch.linalg.cholesky(H))[..., 0]
     return w, torch.stack(norms)
+
+
+def path(penalties: Tensor, steps: int = 14) -> tuple[Tensor, Tensor]:
+    """Weights ``[n, 15]`` of the classifiers of all flowers by penalty, and `newton`'s norms."""
+    regression = Regression()
+    return newton(regression, penalties, penalties.new_ones(len(penalties), 150), steps)
+
+
+def leave_one_out(penalties: Tensor, steps: int = 14) -> tuple[Tensor, Tensor]:
+    """What classifiers of 149 flowers tell of the one left out, for each one and every penalty:
+    its log-likelihood, and whether they take it for what it is; both ``[n, 150]``.
+
+    Raises:
+        ArithmeticError: the steps did not suffice.
+    """
+    regression = Regression()
+    counted = 1 - torch.eye(150, dtype=torch.float64)
+    each = (len(penalties), 150)  # a problem for every penalty and flower
+    w, norms = newton(
+        regression, penalties[:, None].expand(each), counted.expand(*each, 150), steps
+    )
+    if norms[-1].max() > 1e-8:
+        raise ArithmeticError(f"{steps} steps are too few: a gradient of {norms[-1].max():.0e}")
+    with torch.no_grad():
+        told = regression.log_likelihood(w).diagonal(dim1=-2, dim2=-1)
+        scores = torch.einsum("fi,pfsi->pfs", regression.x, w.unflatten(-1, (3, 5)))
+    return told, scores.argmax(-1) == regression.chosen.argmax(-1)
 
 
 # --- a hard fit from many starts ------------------------------------------------------------------
@@ -121,58 +158,86 @@ def trust_region(b: Tensor, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def main(
-    penalties: int = 60, starts: int = 500, steps: int = 40, plot: str | None = None
+    penalties: int = 41, starts: int = 500, steps: int = 40, plot: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Solve both; returns the gradients' norms of the path ``[steps + 1, penalties]``, the
-    parameters ``[starts, 4]`` and their misfits ``[steps + 1, starts]``."""
-    strengths = torch.logspace(0.5, -4, penalties, dtype=torch.float64)
-    weights, norms = newton_path(strengths, 12)
-    print(f"{penalties} classifiers, largest gradient after each of Newton's steps:")
+    """Solve both; returns the gradients' norms of the path ``[15, penalties]``, the parameters
+    ``[starts, 4]`` and their misfits ``[steps + 1, starts]``."""
+    strengths = torch.logspace(0.5, -5, penalties, dtype=torch.float64)
+    weights, norms = path(strengths)
+    print(f"irises, {penalties} penalties, largest gradient after each of Newton's steps:")
     print("  " + ", ".join(f"{n:.0e}" for n in norms.amax(-1)))
+    start = time.perf_counter()
+    told, right = leave_one_out(strengths)
+    surprise, wrong = -told.mean(-1), (~right).sum(-1)
+    best = int(surprise.argmin())
+    print(f"{150 * penalties} classifiers of 149 flowers: {time.perf_counter() - start:.1f} s")
+    print(
+        f"  best penalty {strengths[best]:.1e}: {wrong[best]} of 150 flowers left out are told "
+        f"wrongly, {surprise[best]:.3f} nats each"
+    )
     generator = torch.Generator().manual_seed(0)
     first = torch.rand(starts, 4, generator=generator, dtype=torch.float64)
     b, history = trust_region(first, steps)
     reached = history[-1] < CERTIFIED_SUM * (1 + 1e-9)
     print(f"MGH09: {reached.sum()} of {starts} starts reach the certified minimum")
-    best = b[history[-1].argmin()]
-    for name, value, known in zip(("b1", "b2", "b3", "b4"), best, CERTIFIED, strict=True):
+    nearest = b[history[-1].argmin()]
+    for name, value, known in zip(("b1", "b2", "b3", "b4"), nearest, CERTIFIED, strict=True):
         print(f"  {name} = {value:.11f}   certified {known:.11f}")
     if plot:
-        draw(strengths, weights, norms, history, plot)
+        draw(strengths, weights, norms, surprise, wrong, history, plot)
     return norms, b, history
 
 
-def draw(strengths: Tensor, weights: Tensor, norms: Tensor, history: Tensor, path: str) -> None:
-    """The weights by penalty, the gradients by step, the misfits by step."""
-    import matplotlib.pyplot as plt
+def draw(
+    strengths: Tensor, weights: Tensor, norms: Tensor, surprise: Tensor, wrong: Tensor,
+    history: Tensor, target: str,
+) -> None:  # fmt: skip
+    """The weights by penalty, the gradients by step, cross-validation, the misfits by step."""
+    mosaic = [["weights", "gradients"], ["left out", "misfits"]]
+    best = strengths[surprise.argmin()].item()
+    with pictures.sheet(target, (9, 7.4), mosaic) as (figure, axes):
+        axis = axes["weights"]
+        colours = (pictures.BLUE, pictures.VERMILION, pictures.GREEN)
+        for k, (species, colour, dash) in enumerate(
+            zip(SPECIES, colours, ("-", "--", "-."), strict=True)
+        ):
+            rows = weights.unflatten(-1, (3, 5))[:, k, :4]
+            axis.semilogx(strengths, rows, color=colour, ls=dash)[0].set_label(species)
+        axis.axvline(best, color="0.5", lw=1, ls=":")
+        axis.set(xlabel="penalty", ylabel="weight of a feature")
+        axis.set_title(f"irises: {len(strengths)} classifiers")
+        axis.legend(loc="upper left")
+        axis = axes["gradients"]
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import LogNorm
 
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    colours = ("#2457a8", "#c4552d", "#2b8a5b")
-    for k, (species, colour) in enumerate(
-        zip(("setosa", "versicolor", "virginica"), colours, strict=True)
-    ):
-        lines = axes[0].semilogx(strengths, weights.unflatten(-1, (3, 5))[:, k, :4], color=colour)
-        lines[0].set_label(species)
-    axes[0].set(xlabel="penalty")
-    axes[0].set_title(f"weights of {len(strengths)} classifiers", fontsize=10)
-    axes[0].invert_xaxis()
-    axes[0].legend(frameon=False, fontsize=8)
-    shades = plt.get_cmap("viridis")(torch.linspace(0, 0.95, norms.shape[1]).numpy())
-    for row, shade in zip(norms.T, shades, strict=True):
-        axes[1].semilogy(row, color=shade, lw=0.9)
-    axes[1].set(xlabel="Newton step")
-    axes[1].set_title("their gradients, strong to weak penalty", fontsize=10)
-    excess = (history / CERTIFIED_SUM - 1).clamp(min=1e-13)
-    axes[2].semilogy(excess[:, :200], color="#2457a8", alpha=0.15, lw=0.8)
-    axes[2].set(xlabel="step of the trust region", xlim=(0, 30))
-    axes[2].set_title("misfit above the certified one, 200 starts", fontsize=10)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+        scale = ScalarMappable(LogNorm(strengths.min(), strengths.max()), "cividis")
+        for row, strength in zip(norms.T, strengths, strict=True):
+            axis.semilogy(row, color=scale.to_rgba(strength), lw=1)
+        axis.set(xlabel="Newton steps", ylabel="norm of the gradient", xticks=range(0, 15, 2))
+        axis.set_title("quadratic convergence")
+        figure.colorbar(scale, ax=axis, label="penalty")
+        axis = axes["left out"]
+        axis.semilogx(strengths, surprise, color=pictures.BLUE)
+        axis.plot(best, surprise.min(), "o", color=pictures.BLUE)
+        axis.axvline(best, color="0.5", lw=1, ls=":")
+        axis.set(xlabel="penalty", ylim=(0, None))
+        axis.set_ylabel("nats a flower", color=pictures.BLUE)
+        axis.set_title("a flower left out: surprise, errors")
+        other = axis.twinx()
+        other.step(strengths, wrong, where="mid", color=pictures.VERMILION, ls="--")
+        other.set_ylabel("told wrongly, of 150", color=pictures.VERMILION)
+        other.set_ylim(0, None)
+        other.spines["right"].set_visible(True)
+        for name in ("weights", "left out"):
+            axes[name].invert_xaxis()
+        axis = axes["misfits"]
+        excess = (history / CERTIFIED_SUM - 1).clamp(min=1e-13)
+        axis.semilogy(excess[:, :200], color=pictures.BLUE, alpha=0.15, lw=0.8)
+        axis.set(xlabel="steps of the trust region", ylabel="misfit / certified misfit - 1")
+        axis.set(xlim=(0, 25))
+        axis.set_title("MGH09 from 200 random starts")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--plot", help="write a picture here")
-    main(plot=parser.parse_args().plot)
+    main(plot=pictures.parser("newton", __doc__).parse_args().plot)

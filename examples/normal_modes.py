@@ -14,13 +14,13 @@ Six of the nine are zero: three translations and three rotations.
 
 from __future__ import annotations
 
-import argparse
 import math
 
 import torch
 from torch import Tensor, nn
 
 import fxhess
+from examples import pictures
 
 BOND, ANGLE = 0.9572, math.radians(104.52)  # in Angstrom, at equilibrium
 MASSES = {"H": 1.00782503, "D": 2.01410178, "O": 15.99491462}  # atomic mass units
@@ -92,42 +92,45 @@ def main(plot: str | None = None) -> dict[str, list[float]]:
 
 def draw(p: Tensor, moves: Tensor, numbers: Tensor, path: str) -> None:
     """The three vibrations of H2O, and all spectra as lines."""
-    import matplotlib.pyplot as plt
-
-    names = ("bend", "symmetric stretch", "antisymmetric stretch")
-    figure, axes = plt.subplots(
-        1, 4, figsize=(12, 3.2), width_ratios=(1, 1, 1, 1.5), layout="constrained"
-    )
-    for axis, name, move, number in zip(axes[:3], names, moves, numbers[0, 6:], strict=True):
-        move = move * (0.45 / move.abs().max())
-        for k in (1, 2):
-            axis.plot(*p[[0, k], :2].T, color="0.45", lw=5, zorder=1)
-        colours = ["#d6453d", "#e9edf2", "#e9edf2"]
-        axis.scatter(*p[:, :2].T, s=[1100, 520, 520], c=colours, edgecolors="0.2", zorder=2)
-        for sign, alpha in ((1, 1.0), (-1, 0.25)):
-            axis.quiver(
-                *p[:, :2].T, *(sign * move[:, :2]).T, angles="xy", scale_units="xy", scale=1,
-                color="#2457a8", width=0.013, alpha=alpha, zorder=3,
-            )  # fmt: skip
-        axis.set(xlim=(-1.3, 1.3), ylim=(-0.55, 1.1), aspect="equal")
-        axis.set_title(f"{name}\n{number:.0f} cm$^{{-1}}$", fontsize=10)
-        axis.axis("off")
-    colours = {"H2O": "#2457a8", "HDO": "#7a4fa3", "D2O": "#2b8a5b"}
-    for k, (name, row) in enumerate(zip(ISOTOPES, numbers, strict=True)):
-        axes[3].vlines(row[6:], 2 - k, 2.7 - k, color=colours[name], lw=3)
-        for number, side in zip(row[6:], ("center", "right", "left"), strict=True):
-            axes[3].text(number, 2.75 - k, f"{number:.0f}", ha=side, fontsize=8)
-        for number in PUBLISHED.get(name, ()):
-            axes[3].plot(number, 1.93 - k, marker="^", color="0.1", ms=5, clip_on=False)
-    axes[3].set_yticks([2.35, 1.35, 0.35], ["H$_2$O", "HDO", "D$_2$O"])
-    axes[3].set(xlabel="wave number, cm$^{-1}$ (triangles: published)", ylim=(-0.2, 3))
-    axes[3].spines[["top", "right", "left"]].set_visible(False)
-    axes[3].tick_params(axis="y", length=0)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    vibrations = ("bend", "symmetric stretch", "antisymmetric stretch")
+    mosaic = [vibrations, ["spectra"] * 3]
+    with pictures.sheet(path, (9, 5.7), mosaic, height_ratios=(1, 1.35)) as (_, axes):
+        for name, move, number in zip(vibrations, moves, numbers[0, 6:], strict=True):
+            axis = axes[name]
+            move = move * (0.45 / move.abs().max())
+            for k in (1, 2):
+                axis.plot(*p[[0, k], :2].T, color="0.5", lw=6, zorder=1)
+            atoms = {"c": [pictures.VERMILION, "0.93", "0.93"], "edgecolors": "0.2", "zorder": 2}
+            axis.scatter(*p[:, :2].T, s=[1300, 620, 620], **atoms)
+            for place, letter in zip(p[:, :2].tolist(), "OHH", strict=True):
+                axis.text(*place, letter, ha="center", va="center", fontsize=12, zorder=5)
+            # From the rims of the hydrogens; the oxygen, sixteen times as heavy, hardly moves.
+            for place, step in zip(p[1:, :2], move[1:, :2], strict=True):
+                for sign, alpha in ((-1, 0.4), (1, 1.0)):
+                    start = place + sign * 0.125 * step / step.norm()
+                    axis.quiver(
+                        *start, *(sign * step), angles="xy", scale_units="xy", scale=1,
+                        color=pictures.BLUE, width=0.015, alpha=alpha, zorder=3,
+                    )  # fmt: skip
+            axis.set(xlim=(-1.3, 1.3), ylim=(-0.32, 1.15), aspect="equal")
+            axis.set_title(f"{name}\n{number:.0f} cm$^{{-1}}$")
+            axis.axis("off")
+        axis = axes["spectra"]
+        colours = (pictures.BLUE, pictures.PURPLE, pictures.GREEN)
+        for k, (name, row) in enumerate(zip(ISOTOPES, numbers[:, 6:].tolist(), strict=True)):
+            axis.vlines(row, 2 - k, 2.6 - k, color=colours[k], lw=3.5)
+            sides = ("center", "right", "left") if row[2] - row[1] < 300 else ("center",) * 3
+            for number, side in zip(row, sides, strict=True):
+                axis.text(number, 2.64 - k, f"{number:.0f}", ha=side)
+            for number in PUBLISHED.get(name, ()):
+                label = "published" if (k, number) == (0, PUBLISHED["H2O"][0]) else None
+                axis.plot(number, 1.94 - k, "^", color="0.1", ms=7, clip_on=False, label=label)
+        axis.set_yticks([2.3, 1.3, 0.3], ["H$_2$O", "HDO", "D$_2$O"])
+        axis.set(xlabel="wave number in cm$^{-1}$", ylim=(-0.2, 3), xlim=(1000, 4200))
+        axis.spines["left"].set_visible(False)
+        axis.tick_params(axis="y", length=0, labelsize=12)
+        axis.legend(loc="upper left", bbox_to_anchor=(0.3, 1))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--plot", help="write a picture here")
-    main(parser.parse_args().plot)
+    main(pictures.parser("normal_modes", __doc__).parse_args().plot)

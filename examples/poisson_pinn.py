@@ -12,8 +12,8 @@ of Computational Physics 378 (2019) 686.)
 
 from __future__ import annotations
 
-import argparse
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -22,9 +22,10 @@ from torch.func import functional_call, hessian, vmap
 from tqdm import trange
 
 import fxhess
-from examples import timing
+from examples import pictures, timing
 
 MODES = ((1, 1, 1.0), (3, 2, 1 / 3))  # of the solution: waves along x and y, height
+EVERY = 20  # steps of training, the history has an entry
 
 
 def solution(x: Tensor) -> Tensor:
@@ -49,18 +50,24 @@ def network(width: int = 64, depth: int = 4) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(width, 1))
 
 
+def misfit(laplacian: Tensor, value: Tensor, inside: Tensor, edge: Tensor) -> Tensor:
+    """Mean squares of the equation's error inside and of the value's on the edge, weighted."""
+    equation = laplacian + source(inside)
+    boundary = value - solution(edge)
+    return equation.square().mean() / 100 + 10 * boundary.square().mean()
+
+
 class Residual(nn.Module):
-    """The loss of a network: mean squares of the equation's and of the boundary's error."""
+    """The loss of a network, which it trains."""
 
     def __init__(self, u: nn.Module, compiled: bool = False) -> None:
         super().__init__()
+        self.net = u
         self.u = fxhess.transform(u, ("value", "laplacian"), compile=compiled)
 
     def forward(self, inside: Tensor, edge: Tensor) -> Tensor:
         u = self.u(torch.cat([inside, edge]))  # both kinds of points in one pass
-        equation = u.laplacian[: len(inside)] + source(inside)
-        boundary = u.value[len(inside) :] - solution(edge)
-        return equation.square().mean() / 100 + 10 * boundary.square().mean()
+        return misfit(u.laplacian[: len(inside)], u.value[len(inside) :], inside, edge)
 
 
 def by_loops(net: nn.Module, inside: Tensor, edge: Tensor) -> Tensor:
@@ -71,18 +78,14 @@ def by_loops(net: nn.Module, inside: Tensor, edge: Tensor) -> Tensor:
     laplacian = sum(
         torch.autograd.grad(g[:, i].sum(), x, create_graph=True)[0][:, i] for i in range(2)
     )
-    equation = laplacian[: len(inside)] + source(inside)
-    boundary = value[len(inside) :] - solution(edge)
-    return equation.square().mean() / 100 + 10 * boundary.square().mean()
+    return misfit(laplacian[: len(inside)], value[len(inside) :], inside, edge)
 
 
 def by_func(net: nn.Module, inside: Tensor, edge: Tensor) -> Tensor:
     """The same loss by ``torch.func``."""
     weights = dict(net.named_parameters())
     H = vmap(hessian(lambda s: functional_call(net, weights, (s,))[0]))(inside)
-    equation = H.diagonal(dim1=-2, dim2=-1).sum(-1) + source(inside)
-    boundary = net(edge)[:, 0] - solution(edge)
-    return equation.square().mean() / 100 + 10 * boundary.square().mean()
+    return misfit(H.diagonal(dim1=-2, dim2=-1).sum(-1), net(edge)[:, 0], inside, edge)
 
 
 def points(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -92,6 +95,41 @@ def points(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     side = torch.randint(4, (len(edge),), generator=generator)
     edge[torch.arange(len(edge)), side // 2] = (side % 2).to(edge.dtype)
     return inside, edge
+
+
+def on_grid(u: Callable[[Tensor], Tensor], side: int = 101) -> Tensor:
+    """Values of u on a grid over the square: ``[side, side]``, rows along y."""
+    line = torch.linspace(0, 1, side)
+    mesh = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)
+    with torch.no_grad():
+        return u(mesh).reshape(side, side)
+
+
+def relative(found: Tensor, known: Tensor) -> float:
+    """|found - known| / |known|."""
+    return ((found - known).norm() / known.norm()).item()
+
+
+def train(
+    loss: Residual, count: int, steps: int, generator: torch.Generator
+) -> dict[str, list[float]]:
+    """Adam on fresh points at every step; the loss and the relative error of u on the way."""
+    optimizer = torch.optim.Adam(loss.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=max(steps, 4))
+    history: dict[str, list[float]] = {"loss": [], "error": []}
+    known = on_grid(solution)
+    progress = trange(steps, desc="training", unit="step", disable=steps < 100)
+    for step in progress:
+        optimizer.zero_grad()
+        value = loss(*points(count, generator))
+        value.backward()
+        optimizer.step()
+        schedule.step()
+        if step % EVERY == 0:
+            history["loss"].append(value.item())
+            history["error"].append(relative(on_grid(loss.net), known))
+            progress.set_postfix(loss=f"{history['loss'][-1]:.1e}")
+    return history
 
 
 def main(
@@ -114,69 +152,49 @@ def main(
         list(net.parameters()), rounds, 1e-4,
     )  # fmt: skip
     timing.show(seconds)
-    optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=max(steps, 4))
-    losses = []
-    progress = trange(steps, desc="training", unit="step", disable=steps < 100)
-    for step in progress:
-        optimizer.zero_grad()
-        value = loss(*points(count, generator))
-        value.backward()
-        optimizer.step()
-        schedule.step()
-        losses.append(value.item())
-        if step % 50 == 0:
-            progress.set_postfix(loss=f"{losses[-1]:.1e}")
-    grid = torch.linspace(0, 1, 101)
-    mesh = torch.stack(torch.meshgrid(grid, grid, indexing="xy"), -1)
-    with torch.no_grad():
-        found, known = net(mesh)[..., 0], solution(mesh)
-    error = ((found - known).norm() / known.norm()).item()
+    history = train(loss, count, steps, generator)
+    found, known = on_grid(net), on_grid(solution)
+    error = relative(found, known)
     print(f"relative error of u after {steps} steps: {error:.1e}")
     if plot:
-        draw(found, known, losses, seconds, plot)
+        draw(found, known, history, seconds, plot)
     return error, seconds
 
 
 def draw(
-    found: Tensor, known: Tensor, losses: list[float], seconds: dict[str, float], path: str
-) -> None:
-    """The solution, its error, the loss, and the times."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        1, 4, figsize=(13, 3.1), width_ratios=(1, 1, 1.1, 0.9), layout="constrained"
-    )
-    extent = (0, 1, 0, 1)
-    image = axes[0].imshow(found, origin="lower", extent=extent, cmap="RdBu_r", vmin=-1.3, vmax=1.3)
-    axes[0].contour(known, levels=9, extent=extent, colors="0.2", linewidths=0.5)
-    axes[0].set_title("network, and contours of u*", fontsize=10)
-    figure.colorbar(image, ax=axes[0], shrink=0.85)
-    image = axes[1].imshow(found - known, origin="lower", extent=extent, cmap="PuOr")
-    axes[1].set_title("error", fontsize=10)
-    bar = figure.colorbar(image, ax=axes[1], shrink=0.85)
-    bar.formatter.set_powerlimits((0, 0))
-    smooth = torch.tensor(losses).unfold(0, min(25, len(losses)), 5).median(-1).values
-    axes[2].semilogy(torch.arange(len(smooth)) * 5, smooth, color="#2457a8")
-    axes[2].set_title("loss", fontsize=10)
-    axes[2].set_xlabel("step")
-    axes[2].grid(alpha=0.3)
-    names = list(seconds)[::-1]
-    times = [seconds[n] * 1e3 for n in names]
-    axes[3].barh(names, times, color=["0.7"] * (len(names) - 1) + ["#2457a8"])
-    for k, t in enumerate(times):
-        axes[3].text(t, k, f" {t:.1f}", va="center", fontsize=9)
-    axes[3].set_title("ms a training step", fontsize=10)
-    axes[3].set_xlim(0, max(times) * 1.2)
-    axes[3].spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    found: Tensor, known: Tensor, history: dict[str, list[float]], seconds: dict[str, float],
+    path: str,
+) -> None:  # fmt: skip
+    """The solution, its error, how training went, and the times."""
+    with pictures.sheet(path, (9, 7.4), [["u", "error"], ["loss", "times"]]) as (figure, axes):
+        extent = (0, 1, 0, 1)
+        shown = {"origin": "lower", "extent": extent, "interpolation": "bilinear"}
+        image = axes["u"].imshow(found, cmap="RdBu_r", vmin=-1.3, vmax=1.3, **shown)
+        axes["u"].contour(known, levels=9, extent=extent, colors="0.15", linewidths=0.6)
+        axes["u"].set_title("u of the network; lines: exact u*")
+        figure.colorbar(image, ax=axes["u"], shrink=0.9)
+        off = 1e3 * (found - known)
+        most = off.abs().max().item()
+        image = axes["error"].imshow(off, cmap="PuOr", vmin=-most, vmax=most, **shown)
+        axes["error"].set_title("error, 1000 (u - u*)")
+        figure.colorbar(image, ax=axes["error"], shrink=0.9)
+        for name in ("u", "error"):
+            axes[name].set(xlabel="x", ylabel="y", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+        every = EVERY * torch.arange(len(history["loss"]))
+        axes["loss"].semilogy(every, history["loss"], color=pictures.VERMILION, label="loss")
+        axes["loss"].semilogy(
+            every, history["error"], color=pictures.BLUE, ls="--", label="relative error of u"
+        )
+        axes["loss"].set(xlabel="training step")
+        axes["loss"].set_title("training")
+        axes["loss"].grid(alpha=0.3)
+        axes["loss"].legend()
+        pictures.bars(axes["times"], seconds)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--plot", help="write a picture here")
+    parser = pictures.parser("poisson_pinn", __doc__)
+    parser.add_argument("--steps", type=int, default=3000, help="of training (3000)")
     parser.add_argument("--compile", action="store_true", help="through torch.compile")
     given = parser.parse_args()
     main(given.steps, plot=given.plot, compiled=given.compile)

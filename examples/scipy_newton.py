@@ -8,14 +8,13 @@ Journal of Physical Chemistry A 101 (1997) 5111).  ``scipy.optimize.minimize`` t
 
     fun, jac   value and gradient,
     hess       all second derivatives, for "trust-exact",
-    hessp      products of them with vectors, for "Newton-CG" and "trust-ncg",
+    hessp      products of them with vectors, for "Newton-CG", "trust-ncg" and "trust-krylov",
 
-each of which is an output of ``fxhess.transform``.
+each of which is an output of ``fxhess.transform``.  SciPy comes with the extra ``examples``.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +25,7 @@ from scipy.optimize import OptimizeResult, minimize
 from torch import Tensor
 
 import fxhess
+from examples import pictures
 
 TABULATED = -44.326801
 METHODS = ("BFGS", "Newton-CG", "trust-ncg", "trust-exact")
@@ -70,10 +70,10 @@ class Problem:
 
     def minimize(self, start: Tensor, method: str) -> tuple[OptimizeResult, list[float]]:
         """SciPy's result, given what the method takes, and the gradient's norm at each step."""
-        given: dict[str, Any] = {"options": {"gtol": 1e-8}}
+        given: dict[str, Any] = {"options": {"gtol": 1e-6}}
         if method == "Newton-CG":
             given = {"options": {"xtol": 1e-10}}
-        if method in ("Newton-CG", "trust-ncg"):
+        if method in ("Newton-CG", "trust-ncg", "trust-krylov"):
             given["hessp"] = self.hessp
         elif method == "trust-exact":
             given["hess"] = self.hess
@@ -119,33 +119,36 @@ def main(
 
 def draw(start: Tensor, end: Tensor, paths: dict[str, list[float]], path: str) -> None:
     """The cluster before and after, and how fast each method gets there."""
-    import matplotlib.pyplot as plt
-
-    figure = plt.figure(figsize=(12, 3.8), layout="constrained")
-    grid = figure.add_gridspec(1, 3, width_ratios=(1, 1, 1.5))
-    for k, (p, title) in enumerate(((start, "shaken"), (end, "relaxed"))):
-        axis = figure.add_subplot(grid[k], projection="3d")
-        distance = (p[:, None] - p).norm(dim=-1)
-        for i, j in (distance < 1.35).nonzero().tolist():
-            if i < j:
-                axis.plot(*p[[i, j]].T, color="0.55", lw=1.2)
-        axis.scatter(*p.T, s=190, c=p[:, 1], cmap="viridis", edgecolors="0.2", depthshade=False)
-        axis.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1))
-        axis.set_title(f"{title}: E = {energy(p).item():.4f}", fontsize=10)
-        axis.view_init(20, 35)
-        axis.set_axis_off()
-    axis = figure.add_subplot(grid[2])
-    for method, norms in paths.items():
-        axis.semilogy(norms, label=method, marker=".", ms=4, lw=1.2)
-    axis.set(xlabel="step")
-    axis.set_title("norm of the gradient", fontsize=10)
-    axis.legend(frameon=False)
-    axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    solid = {"projection": "3d"}
+    with pictures.sheet(
+        path, (9, 7.2), [["shaken", "relaxed"], ["gradients", "gradients"]],
+        per_subplot_kw={("shaken", "relaxed"): solid}, height_ratios=(1.1, 1),
+    ) as (_, axes):  # fmt: skip
+        for name, p in (("shaken", start), ("relaxed", end)):
+            axis = axes[name]
+            distance = (p[:, None] - p).norm(dim=-1)
+            for i, j in (distance < 1.35).nonzero().tolist():
+                if i < j:
+                    axis.plot(*p[[i, j]].T, color="0.6", lw=1.5)
+            axis.scatter(
+                *p.T, s=230, c=p[:, 1], cmap="cividis", edgecolors="0.2", depthshade=False, alpha=1
+            )
+            axis.set(xlim=(-0.8, 0.8), ylim=(-0.8, 0.8), zlim=(-0.8, 0.8))
+            axis.set_title(f"{name}: E = {energy(p).item():.4f}", y=0.97)
+            axis.view_init(20, 35)
+            axis.set_axis_off()
+        looks = zip((":", "-", "--", "-."), "osD^", strict=True)
+        colours = (pictures.ORANGE, pictures.BLUE, pictures.VERMILION, pictures.GREEN)
+        for (method, norms), (dash, mark), colour in zip(
+            paths.items(), looks, colours, strict=False
+        ):
+            axes["gradients"].semilogy(
+                norms, label=method, marker=mark, ms=4, lw=1.4, ls=dash, color=colour
+            )
+        axes["gradients"].set(xlabel="step", ylabel="norm of the gradient")
+        axes["gradients"].legend()
+        axes["gradients"].grid(alpha=0.3)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--plot", help="write a picture here")
-    main(plot=parser.parse_args().plot)
+    main(plot=pictures.parser("scipy_newton", __doc__).parse_args().plot)

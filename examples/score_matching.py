@@ -14,7 +14,6 @@ projections, no estimate.
 
 from __future__ import annotations
 
-import argparse
 import math
 
 import torch
@@ -23,7 +22,7 @@ from torch.func import functional_call, grad, hessian, vmap
 from tqdm import trange
 
 import fxhess
-from examples import timing
+from examples import pictures, timing
 
 
 class LogDensity(nn.Module):
@@ -133,8 +132,6 @@ def draw(
     log_p: nn.Module, seconds: dict[str, float], path: str, generator: torch.Generator
 ) -> None:  # fmt: skip
     """Data, the learned density with its score, samples of it, and the times."""
-    import matplotlib.pyplot as plt
-
     side = torch.linspace(-3, 3, 161)
     mesh = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1)
     score = fxhess.transform(log_p, "gradient")
@@ -143,38 +140,30 @@ def draw(
         density = (log_p(mesh) - log_p(mesh).max()).exp()
         arrows = score(coarse)
     arrows = arrows / (1 + arrows.norm(dim=-1, keepdim=True))
-    figure, axes = plt.subplots(
-        1, 4, figsize=(13, 3.2), width_ratios=(1, 1, 1, 0.9), layout="constrained"
-    )
-    data = spirals(1500, generator)
-    axes[0].scatter(*data.T, s=3, color="#2457a8", alpha=0.6, lw=0)
-    axes[0].set_title("samples given", fontsize=10)
-    axes[1].imshow(density, origin="lower", extent=(-3, 3, -3, 3), cmap="magma", vmax=0.9)
-    axes[1].quiver(
-        *coarse.movedim(-1, 0), *arrows.movedim(-1, 0), color="w", alpha=0.6, scale=28, width=0.004
-    )
-    axes[1].set_title("density and score learned", fontsize=10)
     walked = langevin(score, 1500, 2000, generator)
-    axes[2].scatter(*walked.T, s=3, color="#c4552d", alpha=0.6, lw=0)
-    axes[2].set_title("samples of the model", fontsize=10)
-    for axis in axes[:3]:
-        axis.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal", xticks=(), yticks=())
-    names = list(seconds)[::-1]
-    times = [seconds[n] * 1e3 for n in names]
-    axes[3].barh(names, times, color=["0.7"] * (len(names) - 1) + ["#2457a8"])
-    for k, t in enumerate(times):
-        axes[3].text(t, k, f" {t:.1f}", va="center", fontsize=9)
-    axes[3].set_title("ms a training step", fontsize=10)
-    axes[3].set_xlim(0, max(times) * 1.2)
-    axes[3].spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    with pictures.sheet(path, (9, 7.6), [["data", "density"], ["times", "drawn"]]) as (_, axes):
+        dots = {"s": 5, "alpha": 0.7, "lw": 0}
+        axes["data"].scatter(*spirals(1500, generator).T, color=pictures.BLUE, **dots)
+        axes["data"].set_title("samples given (1500 shown)")
+        axes["density"].imshow(
+            density, origin="lower", extent=(-3, 3, -3, 3), cmap="magma", vmax=0.9
+        )
+        axes["density"].quiver(
+            *coarse.movedim(-1, 0), *arrows.movedim(-1, 0), color="w", alpha=0.65, scale=28,
+            width=0.004,
+        )  # fmt: skip
+        axes["density"].set_title("density learned; arrows: its score")
+        axes["drawn"].scatter(*walked.T, color=pictures.VERMILION, **dots)
+        axes["drawn"].set_title("samples drawn from the model")
+        for name in ("data", "density", "drawn"):
+            axes[name].set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal", xlabel="x\u2081")
+            axes[name].set(ylabel="x\u2082", xticks=range(-3, 4), yticks=range(-3, 4))
+        pictures.bars(axes["times"], seconds)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--plot", help="write a picture here")
+    parser = pictures.parser("score_matching", __doc__)
+    parser.add_argument("--steps", type=int, default=4000, help="of training (4000)")
     parser.add_argument("--compile", action="store_true", help="through torch.compile")
     given = parser.parse_args()
     main(given.steps, plot=given.plot, compiled=given.compile)
