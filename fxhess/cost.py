@@ -37,6 +37,7 @@ _VIEWS = frozenset(
 
 # Those that copy where what they are given does not lie in order.
 _COPIES = frozenset({"flatten", "reshape", "contiguous", "clone"})
+_TINY = 16  # entries of a result's matrix
 _STRIDED = 3  # entries out of order that take the time of an inner loop
 
 
@@ -85,8 +86,19 @@ def _rate(curve: Curve, size: float) -> float:
     return y0 * (y1 / y0) ** (math.log(size / x0) / math.log(x1 / x0))
 
 
-def seconds(node: fx.Node, rates: Rates) -> float:
-    """Estimated time of one operation on its stand-ins' sizes, run tile by tile."""
+def is_tiny_product(node: fx.Node) -> bool:
+    """Whether it is a batched product of tiny results, which a compiler does better to sum up: see
+    :mod:`fxhess.passes.fuse`."""
+    if node.op != "call_function" or node.target is not torch.matmul or node.kwargs:
+        return False
+    operands = [n.meta[VAL] for n in node.args]  # type: ignore[union-attr]
+    value = node.meta[VAL]
+    return min(t.ndim for t in operands) > 2 and int(value.shape[-1] * value.shape[-2]) <= _TINY
+
+
+def seconds(node: fx.Node, rates: Rates, compiled: bool = False) -> float:
+    """Estimated time of one operation on its stand-ins' sizes, run tile by tile.  Where the program
+    is ``compiled``, tiny products are part of the passes that make their operands."""
     value = node.meta.get(VAL)
     if node.op not in ("call_function", "call_method") or not isinstance(value, torch.Tensor):
         return 0.0
@@ -98,6 +110,8 @@ def seconds(node: fx.Node, rates: Rates) -> float:
     passes = sum(_reading(n.meta[VAL], rates) for n in operands)
     own = value.numel() * value.element_size()
     passes += own / (rates.memory if node.meta.get(ROLE) == "result" else rates.stream)
+    if compiled and is_tiny_product(node):
+        return passes + flops(node) / max(rate for _, rate in rates.flat)
     if name in _PRODUCTS:
         return rates.launch + passes / 2 + _product(value, operands, flops(node), rates)
     if name == "convolution":
@@ -178,11 +192,12 @@ def _reading(value: torch.Tensor, rates: Rates) -> float:
     return size / (rates.stream if value.is_contiguous() else rates.scattered)
 
 
-def total(nodes: Iterable[fx.Node], rates: Rates) -> float:
+def total(nodes: Iterable[fx.Node], rates: Rates, compiled: bool = False) -> float:
     """Estimated time of a program.  What does not depend on x is computed once and kept, so it
     counts for a fraction only."""
     return sum(
-        seconds(node, rates) * (1.0 if node.meta.get(VARIES, True) else _KEPT) for node in nodes
+        seconds(node, rates, compiled) * (1.0 if node.meta.get(VARIES, True) else _KEPT)
+        for node in nodes
     )
 
 

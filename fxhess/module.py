@@ -65,7 +65,9 @@ class HessianModule(nn.Module):
         self.single = isinstance(outputs, str) or is_detailed(outputs)
         self.arguments = Arguments(self.model, wrt, in_dims, event_ndim, reduce)
         own = event_ndim if self.arguments.plain else None
-        self.options = Options(parse(outputs, own), event_ndim, strategy, fallback)
+        self.options = Options(
+            parse(outputs, own), event_ndim, strategy, fallback, compiled=running.compile
+        )
         self.programs = Programs(self.model, outputs, self.arguments, self.options, running)
         self._takes_vector = any(output.takes_vector for output in self.options.outputs)
         self.running = running

@@ -53,6 +53,7 @@ class Options:
     strategy: str = "auto"
     fallback: str = "allow"
     given: tuple[Given, ...] = ()  # what is given at a call besides x, the constants first
+    compiled: bool = False  # whether the program is compiled, and planned as such
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -204,7 +205,7 @@ def compile_captured(captured: Captured, x: torch.Tensor, options: Options) -> P
     batch = canonical.x.meta[VAL].shape[: captured.batch_ndim]
     given = {g.name: g.stand_in(batch, x.dtype) for g in options.given if not g.constant}
     plans = {
-        output.name: make_plan(canonical, options.strategy, output, given)
+        output.name: make_plan(canonical, options.strategy, output, given, options.compiled)
         for output in planned(options.outputs)
     }
     clock.mark("plan")

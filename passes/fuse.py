@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxhess.cost import is_tiny_product
 from fxhess.emit import VAL
 
-_TINY = 16  # entries of a result's matrix
 _ADDS = (operator.add, torch.add)
 
 
@@ -85,7 +85,7 @@ def fuse(graph: fx.Graph) -> fx.Graph:
 
 def fusible(graph: fx.Graph) -> bool:
     """Whether :func:`fuse` would change anything."""
-    return any(_is_tiny(node) for node in graph.nodes)
+    return any(is_tiny_product(node) for node in graph.nodes)
 
 
 class _Fusion:
@@ -108,7 +108,7 @@ class _Fusion:
 
     def _tiny(self, node: fx.Node) -> _Tiny | None:
         """The node as a sum of tiny products that is not written yet, if it is one."""
-        if _is_tiny(node):
+        if is_tiny_product(node):
             left, right = (self._plain(n) for n in node.args)  # type: ignore[arg-type]
             length = int(node.args[0].meta[VAL].shape[-1])  # type: ignore[union-attr]
             product = _Product(left, right, length, _is_square(node))
@@ -216,14 +216,6 @@ class _Fusion:
 
     def _method(self, name: str, *args: Any) -> fx.Node:
         return self.graph.call_method(name, args)
-
-
-def _is_tiny(node: fx.Node) -> bool:
-    if node.op != "call_function" or node.target is not torch.matmul or node.kwargs:
-        return False
-    operands = [n.meta[VAL] for n in node.args]  # type: ignore[union-attr]
-    value = node.meta[VAL]
-    return min(t.ndim for t in operands) > 2 and int(value.shape[-1] * value.shape[-2]) <= _TINY
 
 
 def _is_square(product: fx.Node) -> bool:

@@ -55,8 +55,10 @@ def plan(
     strategy: str = "auto",
     output: Output = HESSIAN,
     given: Mapping[str, torch.Tensor] | None = None,
+    compiled: bool = False,
 ) -> Plan:
-    """Choose the pieces for an output of second order; ``given`` as for ``differentiate``.
+    """Choose the pieces for an output of second order; ``given`` as for ``differentiate``;
+    ``compiled``: see :func:`fxhess.cost.seconds`.
 
     ``strategy``: "auto" by cost; "close" and "pull" end all terms in this way, "rebase" closes
     them at every candidate.
@@ -75,7 +77,7 @@ def plan(
         pulls = strategy == "pull" and output.name == "hessian"
         return Plan((Piece(canonical.x, _ALL if pulls else 0),))
     rates = rates_for(canonical.device, canonical.x.meta[VAL].dtype)
-    return _cheapest(canonical, output, given, places, rates)
+    return _cheapest(canonical, output, given, places, rates, compiled)
 
 
 def has_curvature(canonical: Canonical) -> bool:
@@ -126,11 +128,12 @@ def _cheapest(
     given: Mapping[str, torch.Tensor] | None,
     places: Sequence[fx.Node],
     rates: Rates,
+    compiled: bool,
 ) -> Plan:
     draft = Draft(canonical, given)
     draft.reverse()
     first = start_of(draft, output)
-    bill = _Bill(draft, rates)
+    bill = _Bill(draft, rates, compiled)
     window = _window(len(draft.path))
     starts = [canonical.x, *_thinned(canonical, places, 2 * window + 2)]
     best: list[_Best | None] = [None] * len(starts)
@@ -206,9 +209,10 @@ def _trial(
 class _Bill:
     """Estimated seconds of what was written into a draft after its values and adjoints."""
 
-    def __init__(self, draft: Draft, rates: Rates) -> None:
+    def __init__(self, draft: Draft, rates: Rates, compiled: bool) -> None:
         self._free = set(draft.emitter.graph.nodes)
         self._rates = rates
+        self._compiled = compiled
         self._seconds: dict[fx.Node, float] = {}
 
     def of(self, results: Iterable[fx.Node], paid: Iterable[fx.Node]) -> float:
@@ -222,7 +226,7 @@ class _Bill:
                 continue
             seen.add(node)
             if node not in self._seconds:
-                self._seconds[node] = total([node], self._rates)
+                self._seconds[node] = total([node], self._rates, self._compiled)
             cost += self._seconds[node]
             queue += node.all_input_nodes
         return cost

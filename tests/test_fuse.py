@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import assert_close, randn
+from reference import assert_close, mlp, randn
 from torch import fx
 
+import fxhess
+from fxhess import cost, rates
 from fxhess.passes.fuse import fuse, fusible
 
 
@@ -141,3 +143,32 @@ def test_written_into_a_given_tensor():
     out.zero_()
     after(J, C, out)
     assert_close(out, symmetric(J, C), 1e-13)
+
+
+def test_tiny_products_are_free_of_calls_where_they_are_compiled():
+    """Batched products of tiny results are summed within other passes; others cost as before."""
+    graph = fx.Graph()
+    known = {}
+    for name, rows in (("tiny", 2), ("large", 40)):
+        operands = [graph.placeholder(f"{name}_{i}") for i in range(2)]
+        operands[0].meta["val"] = randn(500, rows, 64)
+        operands[1].meta["val"] = randn(500, 64, rows)
+        node = graph.call_function(torch.matmul, tuple(operands))
+        node.meta["val"] = randn(500, rows, rows)
+        table = rates.BUILT_IN["cpu", 8]
+        known[name] = cost.seconds(node, table), cost.seconds(node, table, compiled=True)
+    assert 0 < 2 * known["tiny"][1] < known["tiny"][0]
+    assert known["large"][0] == known["large"][1]
+
+
+def test_a_compiled_module_is_planned_as_compiled():
+    """Two tangents of a net of width 64: run eagerly the tiny closings cost more than to pull
+    them back, compiled they do not."""
+    model = mlp(2, 64, 64, 64, 64, 1).float()
+    x = randn(5, 2).float()
+    endings = {}
+    for compiled in (False, True):
+        hess = fxhess.transform(model, compile=compiled)
+        program = hess._specialized(hess.prepared((x,), {})).program
+        endings[compiled] = {term[1] for term in program.terms}
+    assert endings == {False: {"pull"}, True: {"close"}}
