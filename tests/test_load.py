@@ -1,7 +1,6 @@
 """Load: memory that runs out, interrupts, processes and threads, and nothing that grows.
 
-A representative part runs with the suite; ``FXHESS_FAULTS=10 pytest tests/test_faults.py
-tests/test_load.py`` does ten times as much of everything.
+A representative part runs with the suite; ``python -m tests.faults`` does ten times as much.
 """
 
 from __future__ import annotations
@@ -254,7 +253,7 @@ def _memory() -> int:
 
 
 def test_calls_do_not_grow_memory():
-    """10,000 with FXHESS_FAULTS=10."""
+    """10,000 in the long battery."""
     hess = fxhess.transform(mlp(8, 64, 1), ("value", "hessian"))
     x = randn(64, 8)
     with torch.no_grad():
@@ -267,7 +266,7 @@ def test_calls_do_not_grow_memory():
 
 
 def test_distinct_transforms_do_not_grow_memory(disk):
-    """500 with FXHESS_FAULTS=10.  More than are kept make room, in memory and on disk."""
+    """500 in the long battery.  More than are kept make room, in memory and on disk."""
     x, kept = randn(2, 3), programs
 
     def transform(n):
