@@ -24,7 +24,7 @@ from torch import nn
 import fxhess
 from fxhess import disk as module
 from fxhess import oracle
-from fxhess.cache import environment, programs
+from fxhess.cache import programs
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
 
@@ -239,37 +239,6 @@ def test_a_folder_that_refuses(disk, monkeypatch):
                 assert_close(fxhess.transform(model)(x), oracle.hessian(model, x))
                 assert str(error) in fxhess.cache_info().disk.problem
     assert fxhess.cache_info().disk.entries == 0
-
-
-def _refused(folder, tell):
-    if os.geteuid() == 0:  # whom nothing refuses
-        os.setgroups([])
-        os.setuid(65534)
-    model, x = mlp(3, 4, 1), randn(2, 3)
-    hess = fxhess.transform(model)
-    assert_close(hess(x), oracle.hessian(model, x))
-    with pytest.raises(PermissionError):
-        fxhess.save(hess, folder / "saved", x)
-    info = fxhess.cache_info().disk
-    tell(f"{info.entries} {info.problem}")
-
-
-def test_a_folder_without_the_right_to_write(disk):
-    """Another user's process, in a folder of its own that is read-only."""
-    disk.mkdir(parents=True)
-    for above in disk.parents[:4]:  # pytest keeps these to their owner
-        if above.stat().st_uid == os.geteuid() and str(above) != "/tmp":
-            above.chmod(above.stat().st_mode | 0o055)
-    if os.geteuid() == 0:
-        os.chown(disk, 65534, 65534)
-    disk.chmod(0o500)
-    assert environment()  # that user may not be able to read our sources
-    with answers() as (tell, told):
-        assert finished(forked(_refused, disk, tell)) == 0
-        (line,) = told()
-    disk.chmod(0o700)
-    assert line.startswith("0 ") and "Permission denied" in line
-    assert not list(disk.iterdir())
 
 
 def test_a_file_in_place_of_the_folder(disk):
