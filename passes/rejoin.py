@@ -61,8 +61,8 @@ def rejoin(canonical: Canonical) -> Canonical:
         if earlier is not node and _alike(earlier, node):
             instead[node] = earlier
     canonical.output = instead.get(canonical.output, canonical.output)
-    for node in reversed(list(instead)):
-        _erase(canonical, node)
+    if instead:
+        _sweep(canonical, {*instead, *found})
     return canonical
 
 
@@ -72,14 +72,18 @@ def _alike(one: fx.Node, other: fx.Node) -> bool:
     return bool(a.shape == b.shape and a.dtype == b.dtype)
 
 
-def _erase(canonical: Canonical, node: fx.Node) -> None:
-    """Remove what nothing needs any more."""
-    if node.users or node.op == "placeholder" or node is canonical.output:
-        return
-    needed = node.all_input_nodes
-    canonical.graph.erase_node(node)
-    for operand in needed:
-        _erase(canonical, operand)
+def _sweep(canonical: Canonical, candidates: set[fx.Node]) -> None:
+    """Remove those that nothing needs any more, not even what is known of another node."""
+    spoken_of: set[fx.Node] = set()
+    for node in reversed(list(canonical.nodes())):
+        free = not node.users and node not in spoken_of and node is not canonical.output
+        if free and node in candidates and node.op != "placeholder":
+            canonical.graph.erase_node(node)
+            continue
+        known = fact(node)
+        if known is not None:
+            spoken_of.update(known.operands)
+            fx.node.map_arg((known.args, dict(known.kwargs)), spoken_of.add)  # type: ignore[arg-type]
 
 
 def _moved(canonical: Canonical, node: fx.Node, found: dict[fx.Node, _Moved]) -> _Moved | None:
@@ -130,11 +134,12 @@ def _whole(canonical: Canonical, node: fx.Node) -> _Moved:
 
 def _redirect(node: fx.Node, instead: dict[fx.Node, fx.Node]) -> None:
     """Let an operation, and what is known of it, speak of other operands."""
-    if not any(n in instead for n in node.all_input_nodes):
+    if not instead:
         return
     lookup: Any = lambda n: instead.get(n, n)  # noqa: E731
-    node.args = fx.node.map_arg(node.args, lookup)
-    node.kwargs = fx.node.map_arg(node.kwargs, lookup)
+    if any(n in instead for n in node.all_input_nodes):
+        node.args = fx.node.map_arg(node.args, lookup)
+        node.kwargs = fx.node.map_arg(node.kwargs, lookup)
     known = fact(node)
     if known is not None:
         node.meta[FACT] = replace(
