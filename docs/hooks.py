@@ -1,15 +1,22 @@
-"""Hooks of the site: what lies outside of docs/ but belongs on it, and links to that.
+"""Hooks of the site: what lies outside of docs/ but belongs on it, links, formulas.
 
-Pages read well where they lie, too: a link such as ``../benchmarks/results/cpu.md`` is one in the
-repository, and becomes one of the site here.
+Pages read well where they lie, too: a link such as ``../benchmarks/results/cpu.md`` is
+one in the repository, and becomes one of the site here.  So is a block of TeX marked
+``math``, which becomes a drawing here: it looks the same in every browser, and nothing
+is fetched to show it.
 """
 
 from __future__ import annotations
 
+import html
+import io
 import re
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+from matplotlib import mathtext
+from matplotlib.font_manager import FontProperties
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -22,20 +29,54 @@ _TITLES = {
     "compile_time": "Time to trace and plan",
     "cold": "The first call",
 }
-_LINK = re.compile(r"\]\((?P<target>(?:\.\./)+(?!https?:)[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
+_LINK = re.compile(
+    r"\]\((?P<target>(?:\.\./)+(?!https?:)[^)#\s]+)(?P<anchor>#[^)\s]*)?\)"
+)
 
 
 def _results() -> list[str]:
-    return [name for name in _RESULTS if (ROOT / "benchmarks" / "results" / f"{name}.md").exists()]
+    return [
+        name
+        for name in _RESULTS
+        if (ROOT / "benchmarks" / "results" / f"{name}.md").exists()
+    ]
+
+
+def formula(source: str, *_: object, **__: object) -> str:
+    """TeX as an SVG in the colour of the text; what it says stays as a label.
+
+    Raises:
+        ValueError: TeX that is none, or more than matplotlib's mathtext knows of it.
+    """
+    tex = " ".join(source.split())
+    look = {
+        "mathtext.fontset": "cm",
+        "svg.hashsalt": "fxhess",
+        "savefig.transparent": True,
+    }
+    file = io.BytesIO()
+    with matplotlib.rc_context(look):
+        mathtext.math_to_image(
+            f"${tex}$", file, prop=FontProperties(size=13), format="svg"
+        )
+    svg = file.getvalue().decode()
+    svg = re.sub(
+        r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL
+    )
+    label = html.escape(tex, quote=True)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    return f'<div class="formula">{svg}</div>'
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Tutorials and results of benchmarks in the navigation, those that are there."""
+    """Formulas; in the navigation, tutorials in the order of their own list, and
+    results of benchmarks."""
+    fence = {"name": "math", "class": "math", "format": formula}
+    config.mdx_configs["pymdownx.superfences"] = {"custom_fences": [fence]}
     nav: list[Any] = list(config.nav or [])
-    tutorials = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
-    if tutorials:
-        pages = [f"tutorials/{path.name}" for path in tutorials]
-        nav.insert(2, {"Tutorials": sorted(pages, key=lambda p: (not p.endswith("index.md"), p))})
+    listed = (ROOT / "docs" / "tutorials" / "index.md").read_text("utf-8")
+    tutorials = dict.fromkeys(["index.md", *re.findall(r"\]\(([\w-]+\.md)\)", listed)])
+    nav.insert(2, {"Tutorials": [f"tutorials/{name}" for name in tutorials]})
     for entry in nav:
         if "Benchmarks" in entry:
             own = [{_TITLES[name]: f"results/{name}.md"} for name in _results()]
@@ -47,7 +88,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """The changelog, the benchmarks' tables and plots."""
     files.append(
-        File.generated(config, "changelog.md", content=(ROOT / "CHANGELOG.md").read_text("utf-8"))
+        File.generated(
+            config, "changelog.md", content=(ROOT / "CHANGELOG.md").read_text("utf-8")
+        )
     )
     results = ROOT / "benchmarks" / "results"
     for name in _results():
@@ -56,13 +99,17 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             text = f"# {_TITLES[name]}\n\n{text}"
         files.append(File.generated(config, f"results/{name}.md", content=text))
     for path in sorted(results.glob("*.png")):
-        files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
+        files.append(
+            File.generated(config, f"results/{path.name}", abs_src_path=str(path))
+        )
     return files
 
 
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links that lead out of docs/: to the page of the site where there is one, else to no page
-    but the file's name."""
+def on_page_markdown(
+    markdown: str, page: Page, config: MkDocsConfig, files: Files
+) -> str:
+    """Links that lead out of docs/: to the page of the site where there is one, else to
+    no page but the file's name."""
     depth = page.file.src_uri.count("/")
 
     def replaced(match: re.Match[str]) -> str:

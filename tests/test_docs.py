@@ -49,6 +49,18 @@ def test_every_block_of_python_runs(tmp_path):
     assert [line.split()[1] for line in done.stdout.splitlines() if "finished " in line] == pages
 
 
+def test_code_fits_the_page():
+    """88 characters: more would make a scroll bar at the width of a laptop."""
+    long = [
+        f"{path.name}: {line}"
+        for path in PAGES
+        for block in _blocks(path, "python")
+        for line in block.splitlines()
+        if len(line) > 88
+    ]
+    assert not long
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(DOCS)))
 def test_every_command_is_one(path):
     parser, _ = command_line.parsers()
@@ -83,15 +95,20 @@ def test_every_link_leads_somewhere(path):
 
 
 def test_every_page_can_be_found():
-    """In the navigation, or a tutorial, which the build adds."""
+    """In the navigation; tutorials by their own list, from which the build takes their order."""
     nav = (ROOT / "mkdocs.yml").read_text()
+    listed = (DOCS / "tutorials" / "index.md").read_text("utf-8")
     for path in PAGES:
         name = str(path.relative_to(DOCS))
-        assert name.startswith("tutorials/") or f" {name}\n" in nav + "\n", name
+        if name.startswith("tutorials/"):
+            assert path.name == "index.md" or f"]({path.name})" in listed, name
+        else:
+            assert f" {name}\n" in nav + "\n", name
 
 
 def test_the_site_builds(tmp_path):
-    pytest.importorskip("material", reason="extra docs is not installed")
+    for needed in ("material", "matplotlib"):
+        pytest.importorskip(needed, reason="extra docs is not installed")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
         cwd=ROOT, capture_output=True, text=True, timeout=240,
@@ -100,5 +117,9 @@ def test_the_site_builds(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     index = (tmp_path / "site" / "index.html").read_text()
     assert "Exact Hessians" in index and "fonts.googleapis" not in index
-    for name in ("results/cpu.html", "results/cpu.png", "changelog.html", "mathematics.html"):
+    for name in ("results/cpu.html", "results/cpu.png", "changelog.html", "tutorials/laplace.html"):
         assert (tmp_path / "site" / name).exists(), name
+    for path in PAGES:  # every formula is drawn, none left as TeX
+        page = (tmp_path / "site" / path.relative_to(DOCS)).with_suffix(".html").read_text("utf-8")
+        assert page.count('<div class="formula"><svg') == len(_blocks(path, "math")), path
+        assert "```" not in page, path
