@@ -16,6 +16,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
+from fxhess import _kept
 from fxhess._torch import (
     functional,
     newest_node,
@@ -29,7 +30,6 @@ try:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import (
         DimDynamic,
-        ShapeEnv,
         StatelessSymbolicContext,
     )
 except ImportError:  # pragma: no cover - then nothing is traced here: derivatives at run time
@@ -82,9 +82,8 @@ def trace_batched(
                 for shape, dtype in zip(shapes, dtypes, strict=True)
             ]
             with _KeepDetach():
-                graph_module = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(
-                    *inputs
-                )
+                run = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)
+                graph_module = _kept.generated(run(*inputs))
             if writes_in_place(graph_module.graph):
                 graph_module = functional(graph_module, {}, (KEPT,))
             if writes_in_place(graph_module.graph):
@@ -111,7 +110,7 @@ def trace_batched(
 def _trace_symbolic(
     traced: Callable[[FakeTensorMode, Mapping[Any, Any]], fx.GraphModule], symbols: Sequence[Any]
 ) -> fx.GraphModule:
-    env = ShapeEnv(duck_shape=False, specialize_zero_one=True)
+    env = _kept.shape_env()
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     hints = torch.empty(_UNLIKELY_SIZES[: len(symbols)], device="meta")
     context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(symbols))
@@ -170,8 +169,7 @@ def _generalized(first: fx.GraphModule, second: fx.GraphModule, count: int) -> f
             raise RuntimeError("two traces differ")
         values = unified(tuple(a.kwargs.values()), tuple(b.kwargs.values()))
         a.args, a.kwargs = args, dict(zip(a.kwargs, values, strict=True))
-    first.recompile()
-    return first
+    return _kept.recompiled(first)
 
 
 def evaluate(size: Any, sizes: Mapping[Any, Any]) -> Any:

@@ -20,12 +20,13 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 
+from fxhess import _kept
+
 try:
     from torch._dispatch.python import enable_python_dispatcher
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import (
         DimDynamic,
-        ShapeEnv,
         StatelessSymbolicContext,
     )
 
@@ -121,7 +122,7 @@ def _trace_fake(
     decompositions: Mapping[Any, Callable[..., Any]],
     also: Callable[[], Any],
 ) -> Traced:
-    env = ShapeEnv(duck_shape=False, specialize_zero_one=True)
+    env = _kept.shape_env()
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     sizes = [DimDynamic.DYNAMIC if i < batch_ndim else DimDynamic.STATIC for i in range(x.ndim)]
     context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
@@ -138,12 +139,13 @@ def _trace_fake(
     functional = torch.func.functionalize(function)
     # Leave fake tensors of tied weights distinct inputs: the caller passes distinct names.
     with quiet(), mode:
-        graph_module = make_fx(
+        run = make_fx(
             lambda *inputs: (functional(*inputs), also()),
             decomposition_table=dict(decompositions),
             tracing_mode="real",
             _allow_non_fake_inputs=True,
-        )(fake_x, *given, *(fakes[id(t)] for t in tensors))
+        )
+        graph_module = _kept.generated(run(fake_x, *given, *(fakes[id(t)] for t in tensors)))
     replaced = tuple(env.replace(s) for s in symbols)
     return Traced(graph_module, symbols, replaced, tuple(g.expr for g in env.guards))
 
@@ -216,12 +218,13 @@ def functional(
 
     def retrace() -> fx.GraphModule:
         with mode:
-            return make_fx(
+            run = make_fx(
                 torch.func.functionalize(Recorder(graph_module).run),
                 decomposition_table=dict(decompositions),
                 tracing_mode="real",
                 _allow_non_fake_inputs=True,
-            )(*inputs)
+            )
+            return _kept.generated(run(*inputs))
 
     try:
         return retrace()

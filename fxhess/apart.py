@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxhess import _outside
+from fxhess import _kept, _outside
 from fxhess.binding import Binding, bind, keep
 from fxhess.cache import programs
 from fxhess.capture import capture
@@ -273,7 +273,7 @@ class Apart:
 
     def _capture(self, x: torch.Tensor, constants: Sequence[torch.Tensor]) -> Variant:
         """A program for samples like x, one that is batched where that can be."""
-        with collector_paused():
+        with collector_paused(), _kept.traces():
             return self._captured(x, constants)
 
     def _captured(self, x: torch.Tensor, constants: Sequence[torch.Tensor]) -> Variant:

@@ -26,7 +26,7 @@ from fxhess.closures import tensor_paths
 from fxhess.emit import ORIGIN
 from fxhess.errors import CaptureError, FxhessError, Origin
 from fxhess.form import PLAIN, Form
-from fxhess.functions import whole_functions
+from fxhess.functions import CALL, hold, whole_functions
 from fxhess.guards import Structure
 from fxhess.intake import check_model, one_tensor
 from fxhess.lines import INTERNAL, calling_line, user_line
@@ -195,9 +195,10 @@ def capture(
         sources = [Source(tuple(name.split("."))) for name in names]
         assert len(placeholders) == 1 + count + len(sources)
         _record_origins(graph)
+        hold(graph)
         _lift_constants(graph_module, model, placeholders[-1], sources)
         if _torch.writes_in_place(graph):
-            graph_module = _torch.functional(graph_module, rewrites, (ORIGIN,))
+            graph_module = _torch.functional(graph_module, rewrites, (ORIGIN, CALL))
         structure = Structure.of(graph_module, described, sources, model, questions.complete)
     values = [source.read(model) for source in sources]
     symbols, sizes, guards = traced.symbols, traced.sizes, traced.guards

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxhess import _running, cost, memory
+from fxhess import _kept, _running, cost, memory
 from fxhess._direct import Direct
 from fxhess.emit import VAL
 from fxhess.errors import InputError
@@ -144,10 +144,9 @@ class Execution:
         kept, rest, taken, keeps = divide(prologue, _WORTH_KEEPING)
         held = sum(map(cost.own_bytes, made)) + sum(_bytes(sources[i]) for i in taken)
         write_results(use_fast_kernels(body))
-        empty = torch.nn.Module()
         return cls(
-            fx.GraphModule(empty, prologue, "Prologue"),
-            fx.GraphModule(empty, body, "Body"),
+            _kept.module_of(prologue, "Prologue"),
+            _kept.module_of(body, "Body"),
             before,
             [tuple(v.shape[len(k) + batch_ndim :]) for k, v in zip(before, vals, strict=True)],
             [v.dtype for v in vals],
@@ -157,8 +156,8 @@ class Execution:
             held,
             sum(map(cost.flops, calls)) // max(1, nominal),
             Keeping(
-                fx.GraphModule(empty, kept, "Kept"),
-                fx.GraphModule(empty, rest, "Rest"),
+                _kept.module_of(kept, "Kept"),
+                _kept.module_of(rest, "Rest"),
                 taken,
                 keeps,
             ),
@@ -169,7 +168,7 @@ class Execution:
     def compiled(self) -> Callable[..., None]:
         """The body, compiled at its first call, once for all sizes of tiles but 1; as it is where
         that turns out to be faster."""
-        body = fx.GraphModule(torch.nn.Module(), for_compiler(self.body.graph), "CompiledBody")
+        body = _kept.module_of(for_compiler(self.body.graph), "CompiledBody")
         fast = _running.compiled(body, self.batch_ndim, self.given)
         if not self.given and not any(self.leads):
             fast = Direct(body, self.batch_ndim, fast, len(self.leads))

@@ -3,13 +3,16 @@
 A trace would record what is inside of ``forward`` and silently ignore the user's ``backward``.
 Inside :func:`whole_functions`, ``Function.apply`` is recorded as one node of the operator
 ``fxhess::function(Tensor[] tensors, int token) -> Tensor[]`` instead; ``call_of(token)`` tells
-which function it is, with which other arguments.
+which function it is, with which other arguments, for as long as a program (or a trace under way)
+holds it: see :func:`hold`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -37,13 +40,14 @@ class FunctionCall:
         self.spec = spec
         self.tensors = [i for i, a in enumerate(arguments) if isinstance(a, _Slot)]
         self.results: tuple[list[Any], Any] | None = None
+        self.token = next(_numbers)
         self.__name__ = cls.__name__
         self.__qualname__ = cls.__qualname__
         self.__module__ = cls.__module__
 
     def __call__(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         if tensors and tensors[0].device.type == "meta":
-            return torch.ops.fxhess.function(list(tensors), token_of(self))  # type: ignore[no-any-return]
+            return torch.ops.fxhess.function(list(tensors), self.token)  # type: ignore[no-any-return]
         return self.run(*tensors)
 
     def run(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -75,8 +79,10 @@ class _Slot:
     """Stands where a tensor goes."""
 
 
-_calls: list[FunctionCall] = []
-_tokens: dict[Any, int] = {}
+CALL = "call of a custom function"  # node.meta[CALL]: the FunctionCall that a node's token is
+_numbers = itertools.count()
+_calls: weakref.WeakValueDictionary[int, FunctionCall] = weakref.WeakValueDictionary()
+_known: weakref.WeakValueDictionary[Any, FunctionCall] = weakref.WeakValueDictionary()
 
 
 def _apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
@@ -87,8 +93,11 @@ def call_of(token: int) -> FunctionCall:
     return _calls[token]
 
 
-def token_of(call: FunctionCall) -> int:
-    return _calls.index(call)
+def hold(graph: fx.Graph) -> None:
+    """Make the nodes of a trace, and their copies, hold what their tokens stand for."""
+    for node in graph.nodes:
+        if node.target is torch.ops.fxhess.function.default:
+            node.meta[CALL] = call_of(node.args[1])
 
 
 def called(node: fx.Node) -> FunctionCall | None:
@@ -105,17 +114,18 @@ def differentiable(target: Any) -> Any:
     return lambda tensors, token: call_of(token).run(*tensors)
 
 
-def _token(cls: type[Function], arguments: list[Any], spec: Any) -> int:
-    """The same number for the same function and the same arguments that are not tensors."""
+def _call(cls: type[Function], arguments: list[Any], spec: Any) -> FunctionCall:
+    """The same call for the same function and the same arguments that are not tensors."""
     frozen = tuple(
         "tensor" if isinstance(a, _Slot) else (type(a), a if _is_plain(a) else id(a))
         for a in arguments
     )
     key = (cls, frozen, str(spec))
-    if key not in _tokens:
-        _tokens[key] = len(_calls)
-        _calls.append(FunctionCall(cls, arguments, spec))
-    return _tokens[key]
+    call = _known.get(key)
+    if call is None:
+        call = FunctionCall(cls, arguments, spec)
+        _known[key] = _calls[call.token] = call
+    return call
 
 
 def _is_plain(value: Any) -> bool:
@@ -202,6 +212,7 @@ def _inside() -> Iterator[None]:
 @contextlib.contextmanager
 def whole_functions() -> Iterator[None]:
     """Inside, on this thread, a custom function is recorded as one operation."""
+    held: list[FunctionCall] = []  # until the trace is over
 
     def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
         if not getattr(_local, "active", False) or kwargs:
@@ -214,9 +225,9 @@ def whole_functions() -> Iterator[None]:
         if not tensors:
             return _apply(cls, *args)
         arguments = [_Slot() if isinstance(a, torch.Tensor) else a for a in flat]
-        token = _token(cls, arguments, spec)
-        outputs = torch.ops.fxhess.function(tensors, token)
-        return call_of(token).rebuild(outputs)
+        call = _call(cls, arguments, spec)
+        held.append(call)
+        return call.rebuild(torch.ops.fxhess.function(tensors, call.token))
 
     before = getattr(_local, "active", False)
     _local.active = True
@@ -229,4 +240,4 @@ def whole_functions() -> Iterator[None]:
         _local.active = before
 
 
-__all__ = ["FunctionCall", "call_of", "called", "differentiable", "token_of", "whole_functions"]
+__all__ = ["CALL", "FunctionCall", "call_of", "called", "differentiable", "hold", "whole_functions"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxhess import _batched
+from fxhess import _batched, _kept
 from fxhess.emit import Emitter, Var, to_meta
 from fxhess.errors import FxhessError
 from fxhess.functions import call_of
@@ -46,8 +46,7 @@ def tidy(traced: fx.GraphModule) -> fx.GraphModule:
             node.target, node.args = _aten.expand_as.default, (source, like)
         elif node.target in _SCATTERS and node.meta["val"].is_complex():
             _scatter_as_real(traced.graph, node)
-    traced.recompile()
-    return traced
+    return _kept.recompiled(traced)
 
 
 def _scatter_as_real(graph: fx.Graph, node: fx.Node) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from fxhess import _traced
+from fxhess import _kept, _traced
 from fxhess.errors import CaptureError
 from fxhess.outputs import Given
 from fxhess.reads import Read, asking
@@ -71,7 +71,7 @@ class Guard:
             if node in needed and node.op not in ("placeholder", "output"):
                 copies[node] = own.node_copy(node, copies.__getitem__)
         own.output(tuple(copies[n] for n in operands))
-        module = fx.GraphModule(nn.Module(), own, "Guard")
+        module = _kept.module_of(own, "Guard")
         named = list(zip(inputs, ["x", *(c.name for c in constants)], strict=True))
         named += [(n, ".".join(s.path) or "a constant") for n, s in kept]
         names = [
@@ -175,7 +175,7 @@ class Structure:
             ]
             structure = cls(*guards)
             graph.eliminate_dead_code()
-        graph_module.recompile()
+        _kept.recompiled(graph_module)
         return structure
 
     @property

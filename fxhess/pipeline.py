@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 import fxhess.rules  # noqa: F401  (fills the registry)
-from fxhess import cost
+from fxhess import _kept, cost
 from fxhess._direct import Direct
 from fxhess._running import compiled
 from fxhess.capture import Captured
@@ -87,7 +87,7 @@ class Program:
         """The program as it is best compiled."""
         if not fusible(self.graph_module.graph):
             return self.graph_module
-        return fx.GraphModule(torch.nn.Module(), fuse(self.graph_module.graph), "FusedDerivative")
+        return _kept.module_of(fuse(self.graph_module.graph), "FusedDerivative")
 
     @cached_property
     def execution(self) -> Execution | None:
@@ -187,8 +187,7 @@ def compile_guard(captured: Captured, guard: Guard, x: torch.Tensor) -> fx.Graph
     module = lower(draft.emitter.graph, results)
     module.graph.eliminate_dead_code()
     check_graph(module.graph, "compile_guard")
-    module.recompile()
-    return module
+    return _kept.recompiled(module)
 
 
 def compile_captured(captured: Captured, x: torch.Tensor, options: Options) -> Program:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxhess import _aoti, container, serial
+from fxhess import _aoti, _kept, container, serial
 from fxhess.errors import FileError, FxhessError, InputError
 from fxhess.form import PLAIN
 from fxhess.module import HessianModule, result_type
@@ -138,7 +138,7 @@ class SavedModule(nn.Module):
         places = [n for n in graph.nodes if n.op == "placeholder"]
         if len(places) != len(weights) + len(self._inputs):
             raise ValueError("weights and inputs are not those of the graph")
-        self._program = fx.GraphModule(nn.Module(), graph, "SavedDerivative")
+        self._program = _kept.module_of(graph, "SavedDerivative")
         self._count = len(weights)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

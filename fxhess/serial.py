@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxhess import _kept
 from fxhess.emit import ORIGIN, ROLE, VAL, VARIES
 from fxhess.errors import Origin
 from fxhess.naming import UnknownNameError, function_of, is_method, name_of
@@ -70,7 +71,7 @@ def loads(text: str) -> Program:
     graph, fields = graph_from_data(document)
     if set(fields) != {f.name for f in dataclasses.fields(Program)} - {"graph_module"}:
         raise NotPlainError("other fields than a program's")
-    module = fx.GraphModule(torch.nn.Module(), graph, "GeneratedDerivative")
+    module = _kept.module_of(graph, "GeneratedDerivative")
     return Program(graph_module=module, **fields)
 
 

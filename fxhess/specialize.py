@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxhess import _outside, _torch
+from fxhess import _kept, _outside, _torch
 from fxhess.apart import Apart
 from fxhess.arguments import Arguments
 from fxhess.binding import Binding, first, keep
@@ -114,7 +114,7 @@ class Programs:
                 f"the shape of a sample is not known while PyTorch traces this call: {x.shape}",
                 hint="trace or export it with no axes dynamic but those of the batch",
             )
-        with making, collector_paused():
+        with making, collector_paused(), _kept.traces():
             if self.follows:
                 self.model.discover()  # type: ignore[operator]
             found = self.find(call)

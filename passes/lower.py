@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxhess import _kept
 from fxhess.cost import name_of
 from fxhess.emit import ORIGIN, ROLE, VAL, VARIES, Var
 from fxhess.errors import Origin
@@ -44,7 +45,7 @@ def lower(graph: fx.Graph, results: Mapping[str, Var]) -> fx.GraphModule:
             mapped[node].name = names.pick({"hessian": "H", "gradient": "g"}.get(name, name))
     for node in fresh.nodes:
         _plain_methods(node)
-    return fx.GraphModule(torch.nn.Module(), fresh, "GeneratedDerivative")
+    return _kept.module_of(fresh, "GeneratedDerivative")
 
 
 def _meta(node: fx.Node) -> dict[str, Any]:
