@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -192,7 +193,7 @@ def measure(workload: Workload, rounds: int, with_folx: bool) -> list[Row]:
     rows, repeats = {}, {}
     for name, call in calls.items():
         given = prepare.get(name, lambda t: t)(x)
-        got = torch.as_tensor(call(given, v).__array__()).double()[:CHECKED]
+        got = torch.tensor(numpy.asarray(call(given, v)), dtype=torch.float64)[:CHECKED]
         want = expected(name, H, g, v[:CHECKED].flatten(1).double())
         error = ((got.reshape(want.shape) - want).abs().max() / want.abs().max()).item()
         if not error <= TOLERANCES[workload.dtype]:

@@ -22,10 +22,11 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
-_RESULTS = ("cpu", "cpu-strategies", "compile_time", "cold")
+_RESULTS = ("cpu", "cpu-strategies", "outputs", "compile_time", "cold")
 _TITLES = {
     "cpu": "Beside its rivals",
     "cpu-strategies": "Strategies forced",
+    "outputs": "Cost of each output",
     "compile_time": "Time to trace and plan",
     "cold": "The first call",
 }

@@ -42,7 +42,8 @@ def transform(
             ``"jacobian"``), ``"hessian"``, ``"diagonal"`` and ``"laplacian"`` of the Hessian (the
             trace of ``metric @ H`` where the call gives a metric), ``"hvp"`` (H v) and
             ``"quadratic"`` (v H v) along the ``vector`` of the call, ``("entries", [(i, j), ..])``,
-            ``("blocks", axis)``: the diagonal blocks along an event axis.
+            ``("blocks", axis)``: the diagonal blocks along an event axis.  The table below has
+            shapes and costs.
         wrt: what is differentiated: an argument of the model by position or name (``"x"``, or
             ``"batch.pos"`` for a part of one), :func:`fxhess.parameters`, or a tuple, list or
             dictionary of these.  An argument may hold several tensors (a tuple, dictionary or
@@ -67,6 +68,24 @@ def transform(
         max_memory: bytes that a call may allocate, its result included (a given ``out`` is not):
             the batch runs in tiles that fit.  None: tiles that suit the device's cache.
 
+    Outputs (of a model that returns ``[*batch, m]``, m follows the batch in each shape), and their
+    cost in gradients, over the nine models of ``python -m benchmarks.outputs``:
+
+    ==================  ================================  ==========
+    output              shape                             gradients
+    ==================  ================================  ==========
+    value               [*batch]
+    gradient, jacobian  [*batch, *event]                  1
+    hessian             [*batch, *event, *event]          1.5 to 140
+    diagonal            [*batch, *event]                  1.4 to 36
+    laplacian           [*batch]                          1 to 46
+    entries             [*batch, n]                       as many tangents as coordinates named
+    blocks              [*batch, *event, *other axes]     between diagonal and hessian
+    hvp                 [*batch, *event] or [k, *batch,   0.8 to 1.8
+                        *event], as ``vector``
+    quadratic           [*batch] or [k, *batch]           0.6 to 1.4
+    ==================  ================================  ==========
+
     Raises:
         InputError: an unknown output or strategy, or an x that does not fit.
         CaptureError: (at specialization) PyTorch cannot trace the model, or its result is no
@@ -80,6 +99,11 @@ def transform(
         >>> hess = fxhess.transform(net)
         >>> hess(torch.randn(32, 3)).shape
         torch.Size([32, 3, 3])
+        >>> both = fxhess.transform(net, ("value", "laplacian"))(torch.randn(32, 3))
+        >>> both.laplacian.shape
+        torch.Size([32])
+        >>> fxhess.transform(net, "hvp")(torch.randn(32, 3), vector=torch.randn(5, 32, 3)).shape
+        torch.Size([5, 32, 3])
 
     Source: edge-pushing (Gower & Mello 2012), in tensor form (Laue, Mitterreiter & Giesen 2020).
     """
