@@ -22,25 +22,27 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
-_RESULTS = ("cpu", "cpu-strategies", "outputs", "compile_time", "cold")
-_TITLES = {
+_TITLES = {  # in this order
     "cpu": "Beside its rivals",
     "cpu-strategies": "Strategies forced",
     "outputs": "Cost of each output",
     "compile_time": "Time to trace and plan",
     "cold": "The first call",
 }
+# The page's width is for the table, whose rows are nothing to search for.
+_ONLY_NUMBERS = "---\nhide: [toc]\nsearch: {exclude: true}\n---\n"
 _LINK = re.compile(
     r"\]\((?P<target>(?:\.\./)+(?!https?:)[^)#\s]+)(?P<anchor>#[^)\s]*)?\)"
 )
 
 
-def _results() -> list[str]:
-    return [
-        name
-        for name in _RESULTS
-        if (ROOT / "benchmarks" / "results" / f"{name}.md").exists()
-    ]
+def _results() -> dict[str, str]:
+    """Titles of the benchmarks' results by name, those known first."""
+    there = sorted(path.stem for path in (ROOT / "benchmarks" / "results").glob("*.md"))
+    names = [*(name for name in _TITLES if name in there), *there]
+    return {
+        name: _TITLES.get(name, name.replace("-", " ").capitalize()) for name in names
+    }
 
 
 def formula(source: str, *_: object, **__: object) -> str:
@@ -58,7 +60,7 @@ def formula(source: str, *_: object, **__: object) -> str:
     file = io.BytesIO()
     with matplotlib.rc_context(look):
         mathtext.math_to_image(
-            f"${tex}$", file, prop=FontProperties(size=13), format="svg"
+            f"${tex}$", file, prop=FontProperties(size=14), format="svg"
         )
     svg = file.getvalue().decode()
     svg = re.sub(
@@ -80,7 +82,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     nav.insert(2, {"Tutorials": [f"tutorials/{name}" for name in tutorials]})
     for entry in nav:
         if "Benchmarks" in entry:
-            own = [{_TITLES[name]: f"results/{name}.md"} for name in _results()]
+            own = [{title: f"results/{name}.md"} for name, title in _results().items()]
             entry["Benchmarks"] = [{"Overview": entry["Benchmarks"]}, *own]
     config.nav = nav
     return config
@@ -94,10 +96,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         )
     )
     results = ROOT / "benchmarks" / "results"
-    for name in _results():
+    for name, title in _results().items():
         text = (results / f"{name}.md").read_text("utf-8")
         if not text.startswith("# "):
-            text = f"# {_TITLES[name]}\n\n{text}"
+            text = f"# {title}\n\n{text}"
+        text = f"{_ONLY_NUMBERS}{text}"
         files.append(File.generated(config, f"results/{name}.md", content=text))
     for path in sorted(results.glob("*.png")):
         files.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -106,20 +107,55 @@ def test_every_page_can_be_found():
             assert f" {name}\n" in nav + "\n", name
 
 
-def test_the_site_builds(tmp_path):
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
     for needed in ("material", "matplotlib"):
         pytest.importorskip(needed, reason="extra docs is not installed")
+    path = tmp_path_factory.mktemp("site")
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(path)],
         cwd=ROOT, capture_output=True, text=True, timeout=240,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    index = (tmp_path / "site" / "index.html").read_text()
-    assert "Exact Hessians" in index and "fonts.googleapis" not in index
+    return path
+
+
+def test_the_site(site):
+    assert "Exact Hessians" in (site / "index.html").read_text("utf-8")
     for name in ("results/cpu.html", "results/cpu.png", "changelog.html", "tutorials/laplace.html"):
-        assert (tmp_path / "site" / name).exists(), name
+        assert (site / name).exists(), name
     for path in PAGES:  # every formula is drawn, none left as TeX
-        page = (tmp_path / "site" / path.relative_to(DOCS)).with_suffix(".html").read_text("utf-8")
+        page = (site / path.relative_to(DOCS)).with_suffix(".html").read_text("utf-8")
         assert page.count('<div class="formula"><svg') == len(_blocks(path, "math")), path
         assert "```" not in page, path
+        for fetched in re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"?([^\s\">]+)", page):
+            assert not re.match(r"(https?:)?//", fetched), f"{path}: {fetched}"
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+PROBE = """<script>addEventListener("load", () => setTimeout(() => {
+  const typed = document.querySelector(".md-search__input");
+  typed.focus();
+  typed.value = "laplacian";
+  typed.dispatchEvent(new Event("keyup", { bubbles: true }));
+}, 500));</script></body>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+def test_search_from_a_folder(site, tmp_path):
+    """Without a server, where browsers start no worker, from a page in a folder."""
+    page = (site / "tutorials" / "newton.html").read_text("utf-8")
+    probe = site / "tutorials" / "probe.html"
+    probe.write_text(page.replace("</body>", PROBE), encoding="utf-8")
+    done = subprocess.run(
+        [
+            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dump-dom",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            "--virtual-time-budget=8000", f"--user-data-dir={tmp_path / 'profile'}",
+            probe.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(tmp_path)},
+    )  # fmt: skip
+    found = re.findall(r'<a href="([^"]*)" class="md-search-result__link', done.stdout)
+    assert (site / "tutorials" / "poisson.html").as_uri() in found, done.stderr[-2000:]
