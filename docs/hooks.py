@@ -32,7 +32,8 @@ _TITLES = {  # in this order
 # The page's width is for the table, whose rows are nothing to search for.
 _ONLY_NUMBERS = "---\nhide: [toc]\nsearch: {exclude: true}\n---\n"
 _LINK = re.compile(
-    r"\]\((?P<target>(?:\.\./)+(?!https?:)[^)#\s]+)(?P<anchor>#[^)\s]*)?\)"
+    r"\[(?P<text>[^\[\]]*)\]"
+    r"\((?P<target>(?:\.\./)+(?!https?:)[^)#\s]+)(?P<anchor>#[^)\s]*)?\)"
 )
 
 
@@ -112,8 +113,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(
     markdown: str, page: Page, config: MkDocsConfig, files: Files
 ) -> str:
-    """Links that lead out of docs/: to the page of the site where there is one, else to
-    no page but the file's name."""
+    """Links that lead out of docs/: to the page of the site where there is one, else
+    the file's name instead of a link."""
     depth = page.file.src_uri.count("/")
 
     def replaced(match: re.Match[str]) -> str:
@@ -130,7 +131,7 @@ def on_page_markdown(
         else:
             found = {"CHANGELOG.md": "changelog.md"}.get(path, "")
         if found and files.get_file_from_path(found) is not None:
-            return f"]({back}{found}{match['anchor'] or ''})"
-        return f"](# '{path}, in the repository')"
+            return f"[{match['text']}]({back}{found}{match['anchor'] or ''})"
+        return f"{match['text']} (`{path}`)"
 
     return _LINK.sub(replaced, markdown)
