@@ -9,6 +9,13 @@ from typing import Any
 import torch
 
 
+def is_exporting() -> bool:
+    """Whether ``torch.export`` traces.  (Dynamo of PyTorch 2.11 takes the public function for true
+    in ``torch.compile`` also.)"""
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else bool(flag)
+
+
 @contextlib.contextmanager
 def exporting() -> Iterator[None]:
     """Inside, ``torch.compiler.is_exporting()`` is true: code that then avoids branches on values

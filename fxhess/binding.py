@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxhess import _outside, _torch
+from fxhess import _outside, _settings, _torch
 from fxhess.cache import lasting_key, programs
 from fxhess.capture import Captured
 from fxhess.checks import check_tensors, check_types
@@ -114,7 +114,7 @@ class Binding:
         if torch.compiler.is_compiling():
             runner = self.runner
             whole = wanted or runner is None or not runner.execution.worth_a_call
-            if whole or torch.compiler.is_exporting():
+            if whole or _settings.is_exporting():
                 return run_whole(program.fused, x, given, tensors)
             return runner.traced(x, given, tensors)  # type: ignore[union-attr]
         if type(x) not in (torch.Tensor, nn.Parameter) or _outside.transforming():

@@ -30,7 +30,7 @@ TESTS = (
     "tests/test_running.py", "tests/test_batch.py", "tests/test_explain.py",
 )  # fmt: skip
 _BUILT = re.compile(r"^(build|dist|__pycache__)$|\.egg-info$|\.pyc$|^\.\w+_cache$|^\.hypothesis$")
-NEEDED = ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis")
+NEEDED = ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "psutil")
 
 
 def run(*command: object, cwd: Path = ROOT) -> str:
