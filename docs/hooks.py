@@ -20,6 +20,7 @@ from matplotlib.font_manager import FontProperties
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from pymdownx.superfences import SuperFencesException
 
 ROOT = Path(__file__).resolve().parent.parent
 _TITLES = {  # in this order
@@ -50,7 +51,7 @@ def formula(source: str, *_: object, **__: object) -> str:
     """TeX as an SVG in the colour of the text; what it says stays as a label.
 
     Raises:
-        ValueError: TeX that is none, or more than matplotlib's mathtext knows of it.
+        SuperFencesException: TeX that is none, or more than mathtext knows.
     """
     tex = " ".join(source.split())
     look = {
@@ -60,9 +61,12 @@ def formula(source: str, *_: object, **__: object) -> str:
     }
     file = io.BytesIO()
     with matplotlib.rc_context(look):
-        mathtext.math_to_image(
-            f"${tex}$", file, prop=FontProperties(size=14), format="svg"
-        )
+        try:
+            mathtext.math_to_image(
+                f"${tex}$", file, prop=FontProperties(size=14), format="svg"
+            )
+        except ValueError as error:  # of any other kind, the page would show the TeX
+            raise SuperFencesException(f"not a formula: {tex}") from error
     svg = file.getvalue().decode()
     svg = re.sub(
         r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL

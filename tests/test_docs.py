@@ -133,6 +133,19 @@ def test_the_site(site):
             assert not re.match(r"(https?:)?//", fetched), f"{path}: {fetched}"
 
 
+def test_tex_that_is_none_stops_the_build(site, tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text("```math\n\\nonsense{x\n```\n")
+    config = (ROOT / "mkdocs.yml").read_text().partition("nav:\n")[0]
+    config = config.replace("[docs/hooks.py]", f"[{DOCS / 'hooks.py'}]")
+    (tmp_path / "mkdocs.yml").write_text(config)
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "-f", str(tmp_path / "mkdocs.yml")],
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode != 0 and "not a formula: \\nonsense{x" in done.stderr
+
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 PROBE = """<script>addEventListener("load", () => setTimeout(() => {
   const typed = document.querySelector(".md-search__input");
