@@ -54,8 +54,8 @@ def traces() -> Iterator[None]:
         yield
         return
     mark: Any = object()  # the table is in the order in which entries came
-    table[mark] = mark
     try:
+        table[mark] = mark
         yield
     finally:
         with contextlib.suppress(KeyError):  # somebody emptied it

@@ -1,4 +1,7 @@
-"""Adapter: settings of PyTorch while a model is captured, which decide how layers are traced."""
+"""Adapter: settings of PyTorch while a model is captured, which decide how layers are traced.
+
+Each is read first and written inside of ``try``: an interrupt may come after any call.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +25,12 @@ def exporting() -> Iterator[None]:
     (as that of Hugging Face's models) does so.  Nor do distributions look at the values of their
     arguments, unless told to one by one."""
     checked = torch.distributions.Distribution._validate_args
-    torch.distributions.Distribution.set_default_validate_args(False)
     names = [n for n in ("_is_compiling_flag", "_is_exporting_flag") if hasattr(torch.compiler, n)]
     before = [getattr(torch.compiler, n) for n in names]
-    for name in names:
-        setattr(torch.compiler, name, True)
     try:
+        torch.distributions.Distribution.set_default_validate_args(False)
+        for name in names:
+            setattr(torch.compiler, name, True)
         yield
     finally:
         torch.distributions.Distribution.set_default_validate_args(checked)
@@ -40,8 +43,8 @@ def plain_layers() -> Iterator[None]:
     """Inside, recurrent layers in float32 are traced as they are composed, not as one operation of
     oneDNN's.  (The public context manager writes other settings too, and warns of them.)"""
     enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
     try:
+        torch._C._set_mkldnn_enabled(False)
         yield
     finally:
         torch._C._set_mkldnn_enabled(enabled)
@@ -53,12 +56,14 @@ def plain_attention() -> Any:
     mask is used as it is: transformer stacks look at its values to see whether it is causal, which
     only chooses among kernels."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     stacks = torch.nn.modules.transformer
     detect = getattr(stacks, "_detect_is_causal_mask", None)
-    if detect is not None:
-        stacks._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        if detect is not None:
+            stacks._detect_is_causal_mask = lambda mask, is_causal=None, size=None: (
+                is_causal is True
+            )
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             yield
     finally:

@@ -290,8 +290,8 @@ def quiet() -> Iterator[None]:
     """PyTorch logs what its shape functions cannot do; here it is an answer like any other."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
     try:
+        logger.setLevel(logging.CRITICAL + 1)
         yield
     finally:
         logger.setLevel(before)

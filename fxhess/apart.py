@@ -25,6 +25,7 @@ from fxhess.errors import CaptureError, InputError, Origin, SampleMixingError
 from fxhess.execute import Running
 from fxhess.form import Call
 from fxhess.guards import split
+from fxhess.interrupts import between_operations
 from fxhess.locks import making
 from fxhess.outputs import Given, Output, leading_axes
 from fxhess.pipeline import Options, batched, compile_guard
@@ -239,7 +240,7 @@ class Apart:
         def of(places: torch.Tensor) -> list[torch.Tensor]:
             return [_some(g, c, places) for g, c in described]
 
-        with making, torch.no_grad():
+        with making, between_operations(), torch.no_grad():
             left = torch.arange(len(xs), device=xs.device)
             if not len(xs):
                 variant = self.variants[0] if self.variants else None

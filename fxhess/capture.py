@@ -29,6 +29,7 @@ from fxhess.form import PLAIN, Form
 from fxhess.functions import CALL, hold, whole_functions
 from fxhess.guards import Structure
 from fxhess.intake import check_model, one_tensor
+from fxhess.interrupts import passed
 from fxhess.lines import INTERNAL, calling_line, user_line
 from fxhess.outputs import Given
 from fxhess.reads import Questions
@@ -89,6 +90,7 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         if not _torch.tracing():  # a program is made, or a value asked for: not the model's own
             return func(*args, **(kwargs or {}))
+        passed()
         before = _torch.newest_node()
         again = self if isinstance(func, HigherOrderOperator) else nullcontext()
         with again:  # what a control flow operator calls is the model's own
@@ -252,7 +254,7 @@ def _marked_modules(
     """Mark every node with the path of the innermost submodule that wrote it; ``open_modules``
     holds the paths of those that run now."""
     open_modules.clear()
-    handles = []
+    hooks: list[tuple[nn.Module, Any, Any]] = []
     for path, module in model.named_modules():
         if not path or isinstance(module, (torch.jit.ScriptModule, nn.Identity)):
             continue
@@ -265,11 +267,12 @@ def _marked_modules(
                 path, before = open_modules.pop()
                 _mark(before, _PATH, path)
 
-        handles += [
-            module.register_forward_pre_hook(enter),
-            module.register_forward_hook(leave),
-        ]
+        hooks.append((module, enter, leave))
+    handles = []
     try:
+        for module, enter, leave in hooks:
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(leave))
         yield
     finally:
         for handle in handles:

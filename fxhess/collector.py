@@ -16,8 +16,8 @@ def collector_paused() -> Iterator[None]:
     object that PyTorch itself keeps (a quarter of a second).  They cost a fifth of the time.
     """
     enabled = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()
         yield
     finally:
         if enabled:

@@ -230,10 +230,10 @@ def whole_functions() -> Iterator[None]:
         return call.rebuild(torch.ops.fxhess.function(tensors, call.token))
 
     before = getattr(_local, "active", False)
-    _local.active = True
     before_all = Function.__dict__["apply"]
-    Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
     try:
+        _local.active = True
+        Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
         yield
     finally:
         Function.apply = before_all  # type: ignore[method-assign]

@@ -26,6 +26,7 @@ from fxhess.errors import InputError, Origin
 from fxhess.execute import Execution
 from fxhess.facts import Canonical
 from fxhess.guards import Guard
+from fxhess.interrupts import passed
 from fxhess.outputs import Given, Output, leading_axes
 from fxhess.passes.activity import mark_activity
 from fxhess.passes.canonicalize import canonical_values, canonicalize
@@ -273,6 +274,7 @@ class _Clock:
         self._last = time.perf_counter()
 
     def mark(self, name: str) -> None:
+        passed()
         now = time.perf_counter()
         self.marks[name] = now - self._last
         self._last = now

@@ -25,6 +25,7 @@ from fxhess.errors import (
 )
 from fxhess.execute import Running
 from fxhess.form import PLAIN, Call
+from fxhess.interrupts import between_operations
 from fxhess.locks import making
 from fxhess.outputs import check_entries, parse, refuse_details
 from fxhess.pipeline import Options
@@ -114,7 +115,7 @@ class Programs:
                 f"the shape of a sample is not known while PyTorch traces this call: {x.shape}",
                 hint="trace or export it with no axes dynamic but those of the batch",
             )
-        with making, collector_paused(), _kept.traces():
+        with making, between_operations(), collector_paused(), _kept.traces():
             if self.follows:
                 self.model.discover()  # type: ignore[operator]
             found = self.find(call)

@@ -9,7 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-FILES = ("test_faults.py", "test_load.py", "test_disk.py", "test_saved.py", "test_cache.py")
+FILES = (
+    "test_faults.py",
+    "test_load.py",
+    "test_interrupts.py",
+    "test_disk.py",
+    "test_saved.py",
+    "test_cache.py",
+)
 
 
 def main() -> int:

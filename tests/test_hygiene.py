@@ -26,7 +26,7 @@ EVERYTHING = SOURCES + sorted(
 # Layers, lowest first: a module imports from its own layer or below.  "passes" and "rules" stand
 # for all modules of these packages.
 LAYERS = (
-    {"errors", "lines", "units", "layered", "locks", "_kept"},
+    {"errors", "lines", "units", "layered", "locks", "interrupts", "_kept"},
     {
         "emit",
         "kinds",
