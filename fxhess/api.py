@@ -117,10 +117,19 @@ def transform(
         raise InputError(f"unknown reduce {reduce!r}", hint="valid are 'sum' and 'mean'")
     if not callable(model):
         raise InputError(f"a model is a module or a function, not {type(model).__name__}")
+    if isinstance(model, type):
+        raise InputError(
+            f"a model is a module or a function, {model.__name__} is a class",
+            hint=f"an instance: fxhess.transform({model.__name__}(...))",
+        )
+    if not isinstance(event_ndim, int):
+        raise InputError(f"event_ndim counts axes; {event_ndim!r} is no number of them")
     if event_ndim < 0:
         raise InputError(f"event_ndim counts axes; {event_ndim} is negative")
-    if max_memory is not None and max_memory <= 0:
-        raise InputError(f"max_memory counts bytes; {max_memory} is none")
+    if max_memory is not None and not (isinstance(max_memory, int) and max_memory > 0):
+        raise InputError(
+            f"max_memory counts bytes; {max_memory!r} is none", hint="8 << 20 are 8 MiB"
+        )
     hess = HessianModule(
         model,
         outputs,

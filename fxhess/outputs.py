@@ -76,6 +76,8 @@ def parse(outputs: Any, event_ndim: int | None) -> tuple[Output, ...]:
         InputError: an unknown name, or details that do not fit.
     """
     single = isinstance(outputs, str) or is_detailed(outputs)
+    if not isinstance(outputs, str | Sequence):
+        raise InputError(f"cannot read outputs={outputs!r}", hint=_valid())
     found = tuple(_one(o, event_ndim) for o in ([outputs] if single else outputs))
     names = [o.name for o in found]
     if not names or len(set(names)) != len(names):
@@ -88,6 +90,7 @@ def is_detailed(output: Any) -> bool:
     return (
         isinstance(output, Sequence)
         and len(output) == 2
+        and isinstance(output[0], str)
         and output[0] in _DETAILED
         and not isinstance(output[1], str)
         and not is_detailed(output[1])

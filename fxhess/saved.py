@@ -240,6 +240,12 @@ class _Flat(nn.Module):
     each argument the axes that are the batch's."""
 
     def __init__(self, hess: HessianModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not isinstance(hess, HessianModule):
+            raise InputError(
+                f"what is written is a module that fxhess.transform returned, not"
+                f" {type(hess).__name__}",
+                hint="fxhess.transform(model) first",
+            )
         super().__init__()
         self.hess = hess
         self.tensors: list[torch.Tensor] = []

@@ -125,6 +125,14 @@ BAD_CALLS = {
     "no output": (lambda: fxhess.transform(_model(), ()), "named, and once each"),
     "the same twice": (lambda: fxhess.transform(_model(), ("value", "value")), "once each"),
     "no model": (lambda: fxhess.transform(3), "not int"),
+    "a class": (lambda: fxhess.transform(nn.Linear), r"Linear is a class.*Linear\(\.\.\.\)"),
+    "outputs that are none": (lambda: fxhess.transform(_model(), 3), "outputs=3"),
+    "a set of outputs": (lambda: fxhess.transform(_model(), {"value"}), "outputs="),
+    "a word for memory": (lambda: fxhess.transform(_model(), max_memory="8MB"), "'8MB'"),
+    "part of a byte": (lambda: fxhess.transform(_model(), max_memory=1.5), "counts bytes"),
+    "a word for axes": (lambda: fxhess.transform(_model(), event_ndim="1"), "counts axes"),
+    "saved untransformed": (lambda: fxhess.save(_model(), "a.fx", X), "not Sequential"),
+    "packaged untransformed": (lambda: fxhess.package(_model(), "a.pt2", X), "not Sequential"),
     "negative event_ndim": (lambda: fxhess.transform(_model(), event_ndim=-1), "negative"),
     "unknown strategy": (lambda: fxhess.transform(_model(), strategy="fast")(X), "'fast'"),
     "unknown strategy at once": (lambda: fxhess.transform(_model(), strategy="fast"), "'fast'"),
@@ -148,6 +156,11 @@ def test_errors_have_one_base_and_ordinary_ones():
 
 
 # --- edges that are no errors -------------------------------------------------------------------
+
+
+def test_an_output_with_details_comes_first():
+    both = fxhess.transform(_model(), (("entries", [(0, 1)]), "hessian"))(X)
+    assert torch.equal(both.entries[:, 0], both.hessian[:, 0, 1])
 
 
 @pytest.mark.parametrize("batch", [(0,), (0, 3), (3, 0)])
