@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
+from math import ceil, floor
 from typing import Any, TypeAlias
 
 from fxhess.emit import Var
@@ -84,6 +86,48 @@ class Einsum:
 
 Axes: TypeAlias = Pointwise | Along | Trailing | Reshape | Einsum
 
+# --- windows --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which positions of one axis belong to position o of another, at most: from
+    ``step * o + first`` to ``step * o + last``, inclusive; positions beyond the axis do not count.
+    """
+
+    step: Fraction
+    first: Fraction
+    last: Fraction
+
+    @classmethod
+    def of(cls, step: float, first: float, last: float) -> Window:
+        return cls(Fraction(step), Fraction(first), Fraction(last))
+
+    @property
+    def width(self) -> int:
+        """How many positions it has at most."""
+        return floor(self.last - self.first) + 1
+
+    def ends(self, o: int) -> tuple[int, int]:
+        """The first and the last position that belong to o."""
+        return ceil(self.step * o + self.first), floor(self.step * o + self.last)
+
+    def then(self, next: Window) -> Window:
+        """All that belongs by ``next`` to what belongs to a position."""
+        low, high = next.step * self.first + next.first, next.step * self.last + next.last
+        return Window(self.step * next.step, low, high)
+
+    def reversed(self) -> Window:
+        """The positions that a position belongs to."""
+        return Window(1 / self.step, -self.last / self.step, -self.first / self.step)
+
+    def joined(self, other: Window) -> Window | None:
+        """Both together; None where they move apart."""
+        if self.step != other.step:
+            return None
+        return Window(self.step, min(self.first, other.first), max(self.last, other.last))
+
+
 # --- kinds ----------------------------------------------------------------------------------
 
 
@@ -146,12 +190,15 @@ class Linear:
     tangent of its one operand.  With ``fold`` the functions (and the operation) accept exactly
     one leading axis before the mixed ones, and the caller folds all leading axes into it.
     ``moves``: each entry of y is an entry of an operand, in a place that no value decides.
+    ``windows(call)``, of operations whose one operand has as many mixed axes as y: for each of
+    them, which positions of the operand's axis a position of y's reads, or None (all).
     """
 
     pull: Callable[..., Any]
     push: Callable[..., Any] | None = None
     fold: bool = False
     moves: bool = False
+    windows: Callable[[Call], Sequence[Window | None]] | None = None
 
 
 @dataclass(frozen=True)

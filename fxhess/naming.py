@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fxhess import triangle
+from fxhess import triangle, windows
 
 # Where a function may stand, and how PyTorch's operator of that name begins.
 _PLACES: dict[str, tuple[Any, str]] = {

@@ -171,12 +171,13 @@ def linear(
     push: Callable[..., Any] | None = None,
     fold: bool = False,
     moves: bool = False,
+    windows: Callable[[kinds.Call], Sequence[kinds.Window | None]] | None = None,
     differentiable: tuple[str, ...] = (),
     output: int | None = None,
     rewrite: Callable[..., Any] | None = None,
 ) -> Rule:
     """An operation linear in its differentiable operands: see :class:`fxhess.kinds.Linear`."""
-    kind = kinds.Linear(pull, push, fold, moves)
+    kind = kinds.Linear(pull, push, fold, moves, windows)
     return register_rule(Rule(op, axes, kind, differentiable, output, rewrite))
 
 

@@ -9,30 +9,61 @@ in which every axis may have size 1 ("the same along it").  An event axis *tied*
 carries both: the derivative is block-diagonal over the pair, ``core[.., e, ..] * (t == e)``, and
 has no free axis for t.  The identity is all ties and the core 1.  So pointwise operations keep a
 derivative diagonal, a per-particle network keeps it block-diagonal, and mixing an axis unties it.
+
+A basis axis can be *near* an event axis: then only the entries in a window of it differ from zero
+at each position, and its free axis holds not its entries but their colours (see ``windows``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from fxhess import windows
 from fxhess.emit import Emitter, Var
-from fxhess.errors import Origin
-from fxhess.kinds import Label
+from fxhess.errors import InternalError, Origin
+from fxhess.kinds import Label, Window
+
+
+@dataclass(frozen=True)
+class Near:
+    """That basis axis ``basis`` has ``period`` colours, and is near the event axis ``event``: of
+    every position of that, only the entries in its window differ from zero.  Without ``event``, it
+    is tied still, and will be near what it is untied from."""
+
+    basis: int
+    period: int
+    event: int | None = None
+    window: Window = Window.of(1, 0, 0)
 
 
 @dataclass(frozen=True)
 class Structured:
     """``ties[e]``: the basis axis that event axis e is tied to, or None.  ``basis``: sizes of the
-    basis axes.  ``event``: true sizes of the event axes.  See the module's docstring."""
+    basis axes.  ``event``: true sizes of the event axes.  ``near``: of basis axes that are near an
+    event axis.  See the module's docstring."""
 
     core: Var | float
     ties: tuple[int | None, ...]
     basis: tuple[int, ...]
     event: tuple[int, ...]
+    near: tuple[Near, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.core, Var):
+            return
+        sizes = dict(enumerate(self.basis)) | {n.basis: n.period for n in self.near}
+        for k, size in zip(self.free, self.core.val.shape, strict=False):
+            if size not in (1, sizes[k]):
+                raise InternalError(f"a basis axis of {sizes[k]} entries has {size} in the core")
+
+    @property
+    def places(self) -> list[Near]:
+        """Of the basis axes that are near an event axis and no longer tied to it."""
+        return [n for n in self.near if n.event is not None]
 
     @property
     def free(self) -> tuple[int, ...]:
@@ -105,13 +136,14 @@ class Algebra:
             k = s.ties[e]
             if k is None:
                 continue
-            if self.emitter.role == "tangent":
+            near = next((n for n in s.near if n.basis == k), None)
+            if self.emitter.role == "tangent" and near is None:
                 self.losses.append((self.emitter.origin, s.event[e]))
             ties = tuple(None if i == e else t for i, t in enumerate(s.ties))
-            wider = replace(s, ties=ties)
-            position = wider.free.index(k)
-            rank = len(wider.free) + self.nb + len(s.event)
-            eye = self.eye(s.event[e])
+            free = tuple(i for i in range(len(s.basis)) if i not in ties)
+            position = free.index(k)
+            rank = len(free) + self.nb + len(s.event)
+            eye = self.eye(s.event[e]) if near is None else self.seeds(s.event[e], near.period)
             at = len(wider.free) + self.nb + e
             index: list[Any] = [None] * rank
             index[position] = slice(None)
@@ -122,8 +154,72 @@ class Algebra:
                 core: Var | float = s.core[lift] * eye
             else:
                 core = eye if s.core == 1.0 else eye * s.core
-            s = replace(wider, core=core)
+            others = tuple(n for n in s.near if n.basis != k)
+            own = () if near is None else (replace(near, event=e),)
+            s = replace(s, core=core, ties=ties, near=(*others, *own))
         return s
+
+    def seeds(self, n: int, period: int) -> Var:
+        return self.emitter.call(
+            windows.seeds, n, period, dtype=self.like.dtype, device=self.device
+        )
+
+    def mix(self, s: Structured, axes: Sequence[int]) -> Structured:
+        """Untie these event axes, of which every position is about to meet every other."""
+        tied = {s.ties[e] for e in axes} - {None}
+        s = replace(s, near=tuple(n for n in s.near if n.basis not in tied))
+        return self.untie(self.dense(s, [n for n in s.places if n.event in axes]), axes)
+
+    def dense(self, s: Structured, near: Sequence[Near] | None = None) -> Structured:
+        """Basis axes with all their entries in place of the colours: all that are near, or these.
+        None of them will ever be near again."""
+        given = s.near if near is None else near
+        if not given:
+            return s
+        chosen = [n for n in given if n.event is not None]
+        core: Any = s.core
+        masks: Any = None
+        for n in chosen:
+            assert isinstance(n.event, int)
+            position, size, count = s.free.index(n.basis), s.basis[n.basis], s.event[n.event]
+            if n.period < size:
+                places = self.emitter.call(windows.colours, size, n.period, device=self.device)
+                core = torch.index_select(core, position, places)
+            w = n.window
+            pairs = [(f.numerator, f.denominator) for f in (w.step, w.first, w.last)]
+            mask: Any = self.emitter.call(windows.mask, size, count, pairs, device=self.device)
+            index: list[Any] = [None] * (len(s.free) + self.nb + len(s.event))
+            index[position] = index[len(s.free) + self.nb + n.event] = slice(None)
+            masks = mask[tuple(index)] if masks is None else masks & mask[tuple(index)]
+        if masks is not None:
+            core = torch.where(masks, core, 0.0)
+            if self.emitter.role == "tangent":
+                self.losses += [(self.emitter.origin, s.basis[n.basis]) for n in chosen]
+        rest = {n.basis for n in given}
+        return replace(s, core=core, near=tuple(n for n in s.near if n.basis not in rest))
+
+    def moved(self, s: Structured, places: Mapping[int, tuple[int | None, Window]]) -> Structured:
+        """Before an operation: dense along what will not be near an event axis any more.
+        ``places``: what becomes of event axes, and which of its positions each one meets."""
+        lost = [
+            n for n in s.places
+            if n.event not in places or places[n.event][1].then(n.window).width > n.period
+        ]  # fmt: skip
+        return self.dense(s, lost)
+
+    @staticmethod
+    def arrived(
+        s: Structured, places: Mapping[int, tuple[int | None, Window]], shift: int = 0
+    ) -> tuple[Near, ...]:
+        """After an operation: what is near which event axis of the result."""
+        found = []
+        for n in s.near:
+            n = replace(n, basis=n.basis + shift)
+            if n.event is not None:
+                event, window = places[n.event]
+                n = replace(n, event=event, window=window.then(n.window))
+            found.append(n)
+        return tuple(found)
 
     def select(self, s: Structured, places: Var) -> Structured:
         """The derivative along some of its directions; nothing may be tied to its basis axis."""
@@ -150,8 +246,33 @@ class Algebra:
             first if all(s.ties[e] == first for s in items) else None
             for e, first in enumerate(items[0].ties)
         ]
-        return [
+        apart = [
             self.untie(s, [e for e, k in enumerate(s.ties) if k is not None and common[e] is None])
+            for s in items
+        ]
+        return self._together(apart) if any(s.near for s in apart) else apart
+
+    def _together(self, items: Sequence[Structured]) -> list[Structured]:
+        """All near the same, in the same windows, or not at all.  Zeros are near anything."""
+        some = [s for s in items if isinstance(s.core, Var) or s.core != 0] or items
+        joined = []
+        for near in some[0].near:
+            same: Near | None = near
+            for s in some[1:]:
+                other = next((n for n in s.near if n.basis == near.basis), None)
+                window = other and same and same.window.joined(other.window)
+                fits = window and other and window.width <= near.period
+                if fits and replace(other, window=window) == replace(same, window=window):
+                    same = replace(near, window=window)
+                else:
+                    same = None
+            if same is not None:
+                joined.append(same)
+        kept = {n.basis for n in joined}
+        return [
+            replace(
+                self.dense(s, [n for n in s.near if n.basis not in kept]), near=tuple(joined)
+            )
             for s in items
         ]
 

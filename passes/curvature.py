@@ -136,11 +136,16 @@ def _moving(
     assert isinstance(kind, Smooth)
     curve = kind.curve
     own = [e for e, out in enumerate(known.axes[j]) if out is None]
+    labels = [
+        [("own", e) if out is None else ("out", out) for e, out in enumerate(axes)]
+        for axes in known.axes
+    ]
     through = {out: e for e, out in enumerate(known.axes[j]) if out is not None}
 
     def apply(t: Structured) -> Structured:
         """Where an axis passes through the operation, a tie of the tangent does too."""
-        t = forms.algebra.widen(forms.algebra.untie(t, own), own)
+        t = forms.algebra.widen(forms.algebra.mix(t, own), own)
+        t, near = forms.carried(t, labels[j], labels[i], len(g.basis))
         tied = [None if out is None else t.ties[through[out]] for out in known.axes[i]]
         adjoint, tangent = forms.algebra.tensor(g), forms.algebra.tensor(t)
         m, n = len(g.free), len(t.free)
@@ -152,6 +157,6 @@ def _moving(
         event = forms.canonical.event(known.operands[i])
         forms.check_rank(node, core, m + n + forms.nb + len(event))
         ties = tuple(None if k is None else len(g.basis) + k for k in tied)
-        return Structured(core, ties, (*g.basis, *t.basis), event)
+        return Structured(core, ties, (*g.basis, *t.basis), event, near)
 
     return apply

@@ -6,8 +6,10 @@ the start, pieces are added on demand, as often as a planner wants to try.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,22 +19,25 @@ from fxhess.contraction import Factor, contract, evaluate
 from fxhess.emit import ORIGIN, VAL, VARIES, Emitter, Var
 from fxhess.errors import SampleMixingError
 from fxhess.facts import Canonical, is_active, known_fact, operands
-from fxhess.kinds import Label, Smooth, is_curved
+from fxhess.kinds import Label, Linear, Smooth, is_curved
 from fxhess.passes.curvature import Curvature, Moved, curvature
 from fxhess.passes.forms import Forms
 from fxhess.passes.guard import guard
 from fxhess.passes.halves import FULL, Half, Halves, Part, Pattern
 from fxhess.passes.shelter import shelter
-from fxhess.structure import Algebra, Structured
+from fxhess.structure import Algebra, Near, Structured
 
 
 @dataclass(frozen=True)
 class Piece:
     """How the part of the Hessian from one base to the next is made: the base, and how many of
-    its terms (the first ones, in the order of the program) are pulled; the others are closed."""
+    its terms (the first ones, in the order of the program) are pulled; the others are closed.
+    ``colours``: how many of them stand for each axis of the base where tangents are near it (0: no
+    axis is near any); terms of such tangents are pulled, apart from the others."""
 
     base: fx.Node
     pulled: int = 0
+    colours: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -203,10 +208,14 @@ class Draft:
                 inside.add(node)
         return found
 
-    def start(self, base: fx.Node) -> Start:
-        """All directions at a base."""
+    def start(self, base: fx.Node, colours: tuple[int, ...] = ()) -> Start:
+        """All directions at a base; ``colours`` as for :class:`Piece`."""
         identity = self.algebra.identity(self.canonical.event(base))
-        return Start(identity, identity)
+        near = tuple(Near(k, period) for k, period in enumerate(colours) if period)
+        if not near:
+            return Start(identity, identity)
+        identity = replace(identity, near=near)
+        return Start(identity, identity, key=f"near {colours}")
 
     def piece(
         self,
@@ -219,25 +228,19 @@ class Draft:
         has.  ``start``: along what; all directions where None."""
         base = piece.base
         nodes = self.between(base, following)
-        start = start or self.start(base)
+        start = start or self.start(base, piece.colours)
         half = Half(self._basis(start), self.outputs, part=start.part)
-        inside = {base, *nodes}
-        terms: list[tuple[fx.Node, str, Curvature | Moved]] = []
-        for node in nodes:
-            if is_curved(known_fact(node).kind) and node in self.adjoints:
-                own = self._curvature(node)
-                terms += [(node, "close", t) for t in own if t.i in inside and t.j in inside]
-        if following is not None and later is not None:
-            carried = self.halves.later_terms(following, later)
-            terms += [(following, "rebase", term) for term in carried]
+        terms = self._terms(base, nodes, following, later)
         needed = {term.j for *_, term in terms} | {term.i for *_, term in terms[piece.pulled :]}
         left = self.tangents(base, nodes, needed, start.left, (start.key, "left"))
         right = left
         if start.right is not start.left:
             right = self.tangents(base, nodes, needed, start.right, (start.key, "right"))
         moved: dict[fx.Node, list[Structured]] = {}
+        near: dict[fx.Node, list[Structured]] = {}
         for i, (node, ending, term) in enumerate(terms):
-            pulls = i < piece.pulled
+            is_near = bool(right[term.j].places)
+            pulls = i < piece.pulled or is_near
             # A term of a node's own curvature lives as long as the draft: its identity is a name.
             key = (base, start.key, pulls, id(term)) if ending == "close" else None
             part = self._parts.get(key)
@@ -247,18 +250,63 @@ class Draft:
             if key is not None:
                 self._parts[key] = part
             if isinstance(part, Structured):
-                moved.setdefault(term.i, []).append(part)
+                (near if is_near else moved).setdefault(term.i, []).append(part)
                 self.terms.append(Term(node, base, "pull", (), ending == "rebase"))
                 continue
             pattern, closed = part
             with self.emitter.at(node.meta.get(ORIGIN), "curvature"):
                 half.join(closed)
             self.terms.append(Term(node, base, ending, pattern))
-        self._pull_back(nodes, moved)
-        if base in moved:
-            with self.emitter.at(base.meta.get(ORIGIN), "curvature"):
-                self.halves.absorb(half, self.algebra.add(moved[base]))
+        for parts in (near, moved):
+            self._pull_back(nodes, parts)
+            if base in parts:
+                with self.emitter.at(base.meta.get(ORIGIN), "curvature"):
+                    self.halves.absorb(half, self.algebra.add(parts[base]))
         return half, len(terms)
+
+    def _terms(
+        self,
+        base: fx.Node,
+        nodes: Sequence[fx.Node],
+        following: fx.Node | None,
+        later: Half | None,
+    ) -> list[tuple[fx.Node, str, Curvature | Moved]]:
+        """The terms of a piece, with the operations that they are of."""
+        inside = {base, *nodes}
+        terms: list[tuple[fx.Node, str, Curvature | Moved]] = []
+        for node in nodes:
+            if is_curved(known_fact(node).kind) and node in self.adjoints:
+                own = self._curvature(node)
+                terms += [(node, "close", t) for t in own if t.i in inside and t.j in inside]
+        if following is not None and later is not None:
+            carried = self.halves.later_terms(following, later)
+            terms += [(following, "rebase", term) for term in carried]
+        return terms
+
+    def colours(
+        self, base: fx.Node, following: fx.Node | None, later: Half | None
+    ) -> list[tuple[int, ...]]:
+        """Numbers of colours worth a try: how many the terms need whose tangents are near the base,
+        the widest windows first."""
+        nodes = self.between(base, following)
+        if not any(isinstance(k, Linear) and k.windows for k in (known_fact(n).kind for n in nodes)):
+            return []
+        event = self.canonical.event(base)
+        whole = tuple(n if n > 1 else 0 for n in event)
+        start = self.start(base, whole)
+        terms = self._terms(base, nodes, following, later)
+        wanted = {n for *_, term in terms for n in (term.i, term.j)}
+        tangents = self.tangents(base, nodes, wanted, start.left, (start.key, "left"))
+        found: set[tuple[int, ...]] = set()
+        for *_, term in terms:
+            widths = [0] * len(event)
+            for one, other in itertools.product(tangents[term.i].places, tangents[term.j].places):
+                if (one.basis, one.event) == (other.basis, other.event):
+                    width = one.window.reversed().then(other.window).width
+                    widths[one.basis] = width if width < event[one.basis] else 0
+            if math.prod(w or n for w, n in zip(widths, event, strict=True)) < math.prod(event):
+                found.add(tuple(widths))
+        return sorted(found, key=lambda w: (math.prod(k or n for k, n in zip(w, event)), w))[::-1]
 
     def product(self, direction: Structured) -> Structured | None:
         """The Hessian times directions at x, as an adjoint of x; None where it is zero."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -137,6 +137,11 @@ class Halves:
         self, half: Half, term: Curvature | Moved, left: Structured, right: Structured
     ) -> Pattern:
         """Add ``J_i^T C J_j``; the pattern that it has."""
+        left, right = (
+            (self.algebra.dense(left),) * 2
+            if left is right
+            else (self.algebra.dense(left), self.algebra.dense(right))
+        )
         if isinstance(term, Curvature):
             if left is right and self._packs(half, term, left):
                 return self._close_packed(half, term, left)
@@ -256,7 +261,7 @@ class Halves:
 
     def _distinct(self, s: Structured, labels: Sequence[Label]) -> Structured:
         repeated = [e for e, a in enumerate(labels) if list(labels).count(a) > 1]
-        return self.algebra.untie(s, repeated) if repeated else s
+        return self.algebra.mix(s, repeated) if repeated else s
 
     # --- moved tangents ---------------------------------------------------------------------------
 
@@ -264,18 +269,19 @@ class Halves:
         """``C J_j`` as an adjoint of operand i along (outputs.., basis..)."""
         if isinstance(term, Moved):
             moved = term.apply(right)
-            return Structured(
-                moved.core if term.weight == 1.0 else self.algebra.tensor(moved) * term.weight,
-                moved.ties, moved.basis, moved.event,
-            )  # fmt: skip
+            if term.weight == 1.0:
+                return moved
+            return replace(moved, core=self.algebra.tensor(moved) * term.weight)
         batch = self.forms.batch()
         columns: list[Label] = [("u", k) for k in range(len(half.basis))]
         right = self._distinct(right, term.right)
+        right, near = self.forms.carried(right, term.right, term.left, len(half.outputs))
         names = [*term.outputs, *right.basis_labels(columns, term.right)]
         doubled = [a for a in names if names.count(a) > 1]
         if doubled:  # an output and a basis axis tied to one event axis: give both their own
             tied = [e for e, a in enumerate(term.right) if a in doubled]
-            right = self.algebra.untie(right, tied)
+            right = self.algebra.mix(right, tied)
+            right, near = self.forms.carried(right, term.right, term.left, len(half.outputs))
             names = [*term.outputs, *right.basis_labels(columns, term.right)]
         factors: list[Factor] = [*term.factors, (term.weight, ())]
         factors.append((right.core, right.labels(columns, batch, term.right)))
@@ -292,10 +298,11 @@ class Halves:
         core = contract(
             self.emitter, factors, [*free, *batch, *term.left], universe, self.forms.batch_size
         )
-        return Structured(core, ties, (*half.outputs, *half.basis), event)
+        return Structured(core, ties, (*half.outputs, *half.basis), event, near)
 
     def absorb(self, half: Half, moved: Structured) -> None:
         """Add the sum of moved tangents that arrived at the basis itself."""
+        moved = self.algebra.dense(moved)
         batch = self.forms.batch()
         outputs, columns, rows = self._axes(half, moved)
         names = [*outputs, *rows, *columns]

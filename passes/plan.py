@@ -192,17 +192,21 @@ def _trial(
 ) -> Iterator[_Best]:
     """Programs that start at ``base`` and go on from ``following``, costed.  Pulled terms are rows
     of the whole form, so they are tried for that only."""
-    cuts, done = [0], 0
+    cuts, done = [Piece(base)], 0
     while done < len(cuts):
-        piece = Piece(base, cuts[done])
-        half, terms = draft.piece(piece, following, later.half if later else None, start)
+        piece = cuts[done]
+        given = None if piece.colours else start
+        half, terms = draft.piece(piece, following, later.half if later else None, given)
         cost = bill.of(half.values(), later.half.values() if later else ())
         if later is not None:
             yield _Best(cost + later.cost, (piece, *later.pieces), half)
         else:
             yield _Best(cost, (piece,), half)
         if done == 0 and terms and not start.key:
-            cuts += range(1, terms + 1) if terms <= _FEW else [terms]
+            pulled = range(1, terms + 1) if terms <= _FEW else [terms]
+            cuts += [Piece(base, count) for count in pulled]
+            near = draft.colours(base, following, later.half if later else None)
+            cuts += [Piece(base, count, n) for n in near[:_FEW] for count in (0, terms)]
         done += 1
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fxhess.kinds import Call, Trailing
+from fxhess.kinds import Call, Trailing, Window
 from fxhess.registry import aten, composite, linear
 
 Maybe = torch.Tensor | None
@@ -53,11 +53,25 @@ def _pull(g: Any, call: Call) -> Any:
     return torch.convolution(g, weight, None, stride, padding, dilation, True, extra, groups)
 
 
+def _windows(call: Call) -> list[Window | None]:
+    """Channels are mixed; a position reads what the kernel covers there."""
+    _, weight, _, *numbers, transposed, _, _ = call.args
+    rank = weight.ndim - 2
+    found: list[Window | None] = [None]
+    axes = zip(*(_full(v, rank) for v in numbers), strict=True)
+    for d, (stride, padding, dilation) in enumerate(axes):
+        reach = Window.of(stride, -padding, dilation * (weight.size(2 + d) - 1) - padding)
+        # The positions that a transposed convolution reads are those that the plain one gives to.
+        found.append(reach.reversed() if transposed else reach)
+    return found
+
+
 linear(
     aten.convolution.default,
     Trailing(lambda a: a["weight"].ndim - 1),
     pull=_pull,
     fold=True,
+    windows=_windows,
     rewrite=_bias_apart,
 )
 

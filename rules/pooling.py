@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from fractions import Fraction
 from typing import Any
 
 import torch
 
-from fxhess.kinds import Call, Linear, Trailing
+from fxhess.kinds import Call, Linear, Trailing, Window
 from fxhess.registry import Rule, aten, composite, linear, register_rule
 
 Ints = Sequence[int]
@@ -24,12 +25,34 @@ def _like_operand(g: Any, call: Call, rank: int) -> Any:
     return corner.expand(-1, *(call.operands[0].size(d) for d in range(-rank, 0)))
 
 
+def _kernels(call: Call, rank: int) -> list[Window | None]:
+    """What the kernel covers at each position."""
+    _, kernel, stride, padding, *_ = (*call.args, [], 0)[: max(4, len(call.args))]
+    every = [(list(v) * rank)[:rank] for v in (kernel, stride or kernel, _listed(padding))]
+    return [Window.of(s, -p, k - 1 - p) for k, s, p in zip(*every, strict=True)]
+
+
+def _listed(value: Any) -> list[int]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _shares(call: Call, rank: int) -> list[Window | None]:
+    """What belongs to each position where the image is shared out among them."""
+    found: list[Window | None] = []
+    for d in range(-rank, 0):
+        step = Fraction(call.operands[0].size(d), call.y.size(d))
+        even = step.denominator == 1
+        found.append(Window(step, Fraction(0 if even else -1), step - 1 if even else step))
+    return found
+
+
 def _averaging(op: Any, backward: Any, rank: int) -> None:
     linear(
         op,
         Trailing(rank),
         pull=lambda g, c: backward(g, _like_operand(g, c, rank), *c.args[1:]),
         fold=True,
+        windows=lambda c: _kernels(c, rank),
     )
 
 
@@ -39,6 +62,7 @@ def _adaptive(op: Any, backward: Any, rank: int) -> None:
         Trailing(rank),
         pull=lambda g, c: backward(g, _like_operand(g, c, rank)),
         fold=True,
+        windows=lambda c: _shares(c, rank),
     )
 
 

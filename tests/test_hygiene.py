@@ -40,7 +40,7 @@ LAYERS = (
         "_direct",
     },
     {"store", "clock", "progress", "rates", "disk", "naming", "_outside"},
-    {"functions", "closures", "collector", "intake", "oracle", "sources", "trees", "packing"},
+    {"windows", "functions", "closures", "collector", "intake", "oracle", "sources", "trees", "packing"},
     {"form", "wrt"},
     {"in_dims"},
     {"arguments"},
