@@ -30,7 +30,12 @@ _OPERATORS = frozenset(
      "invert", "and_", "or_", "xor", "eq", "ne", "lt", "le", "gt", "ge", "getitem"}
 )  # fmt: skip
 _OWN: dict[str, Callable[..., Any]] = {
-    f"triangle.{name}": getattr(triangle, name) for name in ("ends", "positions", "unpack")
+    f"{place}.{name}": getattr(module, name)
+    for place, module, names in (
+        ("triangle", triangle, ("ends", "positions", "unpack")),
+        ("windows", windows, ("seeds", "colours", "mask")),
+    )
+    for name in names
 }
 # Operators that make a tensor from numbers alone.
 _MAKERS = frozenset(

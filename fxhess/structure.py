@@ -144,7 +144,7 @@ class Algebra:
             position = free.index(k)
             rank = len(free) + self.nb + len(s.event)
             eye = self.eye(s.event[e]) if near is None else self.seeds(s.event[e], near.period)
-            at = len(wider.free) + self.nb + e
+            at = len(free) + self.nb + e
             index: list[Any] = [None] * rank
             index[position] = slice(None)
             index[at] = slice(None)

@@ -225,10 +225,11 @@ class Draft:
         start: Start | None = None,
     ) -> tuple[Half, int]:
         """Formula (1) from a base up to the next, whose half is ``later``; also how many terms it
-        has.  ``start``: along what; all directions where None."""
+        has.  ``start``: along what; all directions where None, or of which there are colours."""
         base = piece.base
         nodes = self.between(base, following)
-        start = start or self.start(base, piece.colours)
+        if start is None or piece.colours:
+            start = self.start(base, piece.colours)
         half = Half(self._basis(start), self.outputs, part=start.part)
         terms = self._terms(base, nodes, following, later)
         needed = {term.j for *_, term in terms} | {term.i for *_, term in terms[piece.pulled :]}

@@ -195,8 +195,7 @@ def _trial(
     cuts, done = [Piece(base)], 0
     while done < len(cuts):
         piece = cuts[done]
-        given = None if piece.colours else start
-        half, terms = draft.piece(piece, following, later.half if later else None, given)
+        half, terms = draft.piece(piece, following, later.half if later else None, start)
         cost = bill.of(half.values(), later.half.values() if later else ())
         if later is not None:
             yield _Best(cost + later.cost, (piece, *later.pieces), half)
