@@ -332,3 +332,20 @@ def evaluate(
         if label not in letters:
             result = result.unsqueeze(i)
     return result.expand([sizes.get(a, -1) if a not in letters else -1 for a in output])
+
+
+class Same:
+    """Which labels stand for one axis."""
+
+    def __init__(self) -> None:
+        self._first: dict[Label, Label] = {}
+
+    def __call__(self, label: Label) -> Label:
+        while label in self._first:
+            label = self._first[label]
+        return label
+
+    def join(self, a: Label, b: Label) -> None:
+        a, b = self(a), self(b)
+        if a != b:
+            self._first[b] = a

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from fxhess.emit import VAL
-from fxhess.kinds import Kind
+from fxhess.kinds import Call, Kind, Linear, Window
 
 FACT = "fact"
 
@@ -120,3 +120,16 @@ def dataflow(nodes: Sequence[fx.Node]) -> nx.DiGraph[fx.Node]:
             if is_active(operand):
                 graph.add_edge(operand, node)
     return graph
+
+
+def windows_of(canonical: Canonical, node: fx.Node, call: Call) -> list[tuple[int, int, Window]]:
+    """Mixed axes of the operand of which each position of the result meets a window only, with the
+    axes of the result that they become."""
+    known = known_fact(node)
+    if not isinstance(known.kind, Linear) or known.kind.windows is None:
+        return []
+    passed = {out for out in known.axes[0] if out is not None}
+    own = [e for e, out in enumerate(known.axes[0]) if out is None]
+    made = [e for e in range(len(canonical.event(node))) if e not in passed]
+    found = zip(own, made, known.kind.windows(call), strict=True)
+    return [(e, out, window) for e, out, window in found if window is not None]

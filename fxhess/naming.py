@@ -33,7 +33,7 @@ _OWN: dict[str, Callable[..., Any]] = {
     f"{place}.{name}": getattr(module, name)
     for place, module, names in (
         ("triangle", triangle, ("ends", "positions", "unpack")),
-        ("windows", windows, ("seeds", "colours", "mask")),
+        ("windows", windows, ("seeds", "colours", "mask", "pairs", "places")),
     )
     for name in names
 }

@@ -27,6 +27,10 @@ from fxhess.emit import Emitter, Var
 from fxhess.errors import InternalError, Origin
 from fxhess.kinds import Label, Window
 
+SAME = Window.of(1, 0, 0)
+Places = Mapping[int, tuple[int | None, Window]]
+"""What becomes of event axes, and which of its positions each one of the result meets."""
+
 
 @dataclass(frozen=True)
 class Near:
@@ -37,7 +41,15 @@ class Near:
     basis: int
     period: int
     event: int | None = None
-    window: Window = Window.of(1, 0, 0)
+    window: Window = SAME
+
+    def joined(self, other: Near) -> Near | None:
+        """Near the same axis in both windows, if there are colours enough for that."""
+        window = self.window.joined(other.window)
+        if window is None or window.width > self.period:
+            return None
+        both = replace(self, window=window)
+        return both if both == replace(other, window=window) else None
 
 
 @dataclass(frozen=True)
@@ -198,19 +210,18 @@ class Algebra:
         rest = {n.basis for n in given}
         return replace(s, core=core, near=tuple(n for n in s.near if n.basis not in rest))
 
-    def moved(self, s: Structured, places: Mapping[int, tuple[int | None, Window]]) -> Structured:
-        """Before an operation: dense along what will not be near an event axis any more.
-        ``places``: what becomes of event axes, and which of its positions each one meets."""
-        lost = [
-            n for n in s.places
-            if n.event not in places or places[n.event][1].then(n.window).width > n.period
-        ]  # fmt: skip
-        return self.dense(s, lost)
+    def moved(self, s: Structured, places: Places) -> Structured:
+        """Before an operation: dense along what will not be near an event axis any more."""
+
+        def stays(n: Near) -> bool:
+            if n.event is None or n.event not in places:
+                return False
+            return places[n.event][1].then(n.window).width <= n.period
+
+        return self.dense(s, [n for n in s.places if not stays(n)])
 
     @staticmethod
-    def arrived(
-        s: Structured, places: Mapping[int, tuple[int | None, Window]], shift: int = 0
-    ) -> tuple[Near, ...]:
+    def arrived(s: Structured, places: Places, shift: int = 0) -> tuple[Near, ...]:
         """After an operation: what is near which event axis of the result."""
         found = []
         for n in s.near:
@@ -240,6 +251,23 @@ class Algebra:
             return replace(s, core=core)
         return replace(s, core=core.expand(sizes))
 
+    def carried(
+        self, s: Structured, source: Sequence[Label], target: Sequence[Label], shift: int = 0
+    ) -> tuple[Structured, tuple[Near, ...]]:
+        """A derivative ready to go from labels ``source`` to ``target``, and what will be near
+        there; ``shift``: of the numbers of its basis axes."""
+        if not s.near:
+            return s, ()
+        places: dict[int, tuple[int | None, Window]] = {
+            e: (list(target).index(a), SAME)
+            for e, a in enumerate(source)
+            if list(target).count(a) == 1
+        }
+        lost = {s.ties[e] for e in range(len(source)) if e not in places}
+        s = replace(s, near=tuple(n for n in s.near if n.event is not None or n.basis not in lost))
+        s = self.moved(s, places)
+        return s, self.arrived(s, places, shift)
+
     def unify(self, items: Sequence[Structured]) -> list[Structured]:
         """The same ties on all: those that all have in common."""
         common = [
@@ -260,19 +288,12 @@ class Algebra:
             same: Near | None = near
             for s in some[1:]:
                 other = next((n for n in s.near if n.basis == near.basis), None)
-                window = other and same and same.window.joined(other.window)
-                fits = window and other and window.width <= near.period
-                if fits and replace(other, window=window) == replace(same, window=window):
-                    same = replace(near, window=window)
-                else:
-                    same = None
+                same = same.joined(other) if same and other else None
             if same is not None:
                 joined.append(same)
         kept = {n.basis for n in joined}
         return [
-            replace(
-                self.dense(s, [n for n in s.near if n.basis not in kept]), near=tuple(joined)
-            )
+            replace(self.dense(s, [n for n in s.near if n.basis not in kept]), near=tuple(joined))
             for s in items
         ]
 

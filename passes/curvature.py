@@ -145,7 +145,7 @@ def _moving(
     def apply(t: Structured) -> Structured:
         """Where an axis passes through the operation, a tie of the tangent does too."""
         t = forms.algebra.widen(forms.algebra.mix(t, own), own)
-        t, near = forms.carried(t, labels[j], labels[i], len(g.basis))
+        t, near = forms.algebra.carried(t, labels[j], labels[i], len(g.basis))
         tied = [None if out is None else t.ties[through[out]] for out in known.axes[i]]
         adjoint, tangent = forms.algebra.tensor(g), forms.algebra.tensor(t)
         m, n = len(g.free), len(t.free)

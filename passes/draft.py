@@ -6,8 +6,6 @@ the start, pieces are added on demand, as often as a planner wants to try.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +17,7 @@ from fxhess.contraction import Factor, contract, evaluate
 from fxhess.emit import ORIGIN, VAL, VARIES, Emitter, Var
 from fxhess.errors import SampleMixingError
 from fxhess.facts import Canonical, is_active, known_fact, operands
-from fxhess.kinds import Label, Linear, Smooth, is_curved
+from fxhess.kinds import Label, Smooth, is_curved
 from fxhess.passes.curvature import Curvature, Moved, curvature
 from fxhess.passes.forms import Forms
 from fxhess.passes.guard import guard
@@ -32,8 +30,8 @@ from fxhess.structure import Algebra, Near, Structured
 class Piece:
     """How the part of the Hessian from one base to the next is made: the base, and how many of
     its terms (the first ones, in the order of the program) are pulled; the others are closed.
-    ``colours``: how many of them stand for each axis of the base where tangents are near it (0: no
-    axis is near any); terms of such tangents are pulled, apart from the others."""
+    ``colours``: how many there are of each axis of the base, for tangents near it (0: for none);
+    their terms are pulled, apart from the others."""
 
     base: fx.Node
     pulled: int = 0
@@ -231,14 +229,13 @@ class Draft:
         if start is None or piece.colours:
             start = self.start(base, piece.colours)
         half = Half(self._basis(start), self.outputs, part=start.part)
-        terms = self._terms(base, nodes, following, later)
+        terms = self.terms_of(base, nodes, following, later)
         needed = {term.j for *_, term in terms} | {term.i for *_, term in terms[piece.pulled :]}
         left = self.tangents(base, nodes, needed, start.left, (start.key, "left"))
         right = left
         if start.right is not start.left:
             right = self.tangents(base, nodes, needed, start.right, (start.key, "right"))
-        moved: dict[fx.Node, list[Structured]] = {}
-        near: dict[fx.Node, list[Structured]] = {}
+        moved, near = (dict[fx.Node, list[Structured]]() for _ in range(2))  # by value
         for i, (node, ending, term) in enumerate(terms):
             is_near = bool(right[term.j].places)
             pulls = i < piece.pulled or is_near
@@ -265,7 +262,7 @@ class Draft:
                     self.halves.absorb(half, self.algebra.add(parts[base]))
         return half, len(terms)
 
-    def _terms(
+    def terms_of(
         self,
         base: fx.Node,
         nodes: Sequence[fx.Node],
@@ -273,8 +270,7 @@ class Draft:
         later: Half | None,
     ) -> list[tuple[fx.Node, str, Curvature | Moved]]:
         """The terms of a piece, with the operations that they are of."""
-        inside = {base, *nodes}
-        terms: list[tuple[fx.Node, str, Curvature | Moved]] = []
+        inside, terms = {base, *nodes}, []
         for node in nodes:
             if is_curved(known_fact(node).kind) and node in self.adjoints:
                 own = self._curvature(node)
@@ -283,31 +279,6 @@ class Draft:
             carried = self.halves.later_terms(following, later)
             terms += [(following, "rebase", term) for term in carried]
         return terms
-
-    def colours(
-        self, base: fx.Node, following: fx.Node | None, later: Half | None
-    ) -> list[tuple[int, ...]]:
-        """Numbers of colours worth a try: how many the terms need whose tangents are near the base,
-        the widest windows first."""
-        nodes = self.between(base, following)
-        if not any(isinstance(k, Linear) and k.windows for k in (known_fact(n).kind for n in nodes)):
-            return []
-        event = self.canonical.event(base)
-        whole = tuple(n if n > 1 else 0 for n in event)
-        start = self.start(base, whole)
-        terms = self._terms(base, nodes, following, later)
-        wanted = {n for *_, term in terms for n in (term.i, term.j)}
-        tangents = self.tangents(base, nodes, wanted, start.left, (start.key, "left"))
-        found: set[tuple[int, ...]] = set()
-        for *_, term in terms:
-            widths = [0] * len(event)
-            for one, other in itertools.product(tangents[term.i].places, tangents[term.j].places):
-                if (one.basis, one.event) == (other.basis, other.event):
-                    width = one.window.reversed().then(other.window).width
-                    widths[one.basis] = width if width < event[one.basis] else 0
-            if math.prod(w or n for w, n in zip(widths, event, strict=True)) < math.prod(event):
-                found.add(tuple(widths))
-        return sorted(found, key=lambda w: (math.prod(k or n for k, n in zip(w, event)), w))[::-1]
 
     def product(self, direction: Structured) -> Structured | None:
         """The Hessian times directions at x, as an adjoint of x; None where it is zero."""

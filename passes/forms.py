@@ -14,7 +14,6 @@ and batch-free factors survive; linear and smooth ones by the functions of their
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,11 +22,9 @@ from torch import fx
 from fxhess.contraction import Factor, contract
 from fxhess.emit import ORIGIN, Var
 from fxhess.errors import InternalError
-from fxhess.facts import Canonical, Fact, fact, is_active
+from fxhess.facts import Canonical, Fact, fact, is_active, windows_of
 from fxhess.kinds import Call, Elementwise, Label, Linear, Multilinear, Smooth, Window
-from fxhess.structure import Algebra, Near, Structured
-
-_SAME = Window.of(1, 0, 0)
+from fxhess.structure import SAME, Algebra, Places, Structured
 
 
 class Forms:
@@ -170,7 +167,7 @@ class Forms:
         event: tuple[int, ...],
     ) -> Structured:
         """Contract a derivative with factors, from the axes ``source`` to the axes ``target``."""
-        s, near = self.carried(s, source, target)
+        s, near = self.algebra.carried(s, source, target)
         free_labels: list[Label] = [("t", k) for k in range(len(s.basis))]
         basis = s.basis_labels(free_labels, source)
         ties = tuple(s.ties[list(source).index(a)] if a in source else None for a in target)
@@ -185,23 +182,6 @@ class Forms:
             self.batch_size,
         )
         return Structured(out, ties, s.basis, event, near)
-
-    def carried(
-        self, s: Structured, source: Sequence[Label], target: Sequence[Label], shift: int = 0
-    ) -> tuple[Structured, tuple[Near, ...]]:
-        """A derivative ready to go from labels ``source`` to ``target``, and what will be near
-        there; ``shift``: of the numbers of its basis axes."""
-        if not s.near:
-            return s, ()
-        places: dict[int, tuple[int | None, Window]] = {
-            e: (list(target).index(a), _SAME)
-            for e, a in enumerate(source)
-            if list(target).count(a) == 1
-        }
-        lost = {s.ties[e] for e in range(len(source)) if e not in places}
-        s = replace(s, near=tuple(n for n in s.near if n.event is not None or n.basis not in lost))
-        s = self.algebra.moved(s, places)
-        return s, self.algebra.arrived(s, places, shift)
 
     def batch_size(self, label: Label) -> Var:
         """The size of a batch label as a value of the graph."""
@@ -219,9 +199,9 @@ class Forms:
             for t, operand, axes in zip(tangents, known.operands, known.axes, strict=True)
         ]
         call = self.call(node)
-        meets = self._windows(node, call)
+        meets = windows_of(self.canonical, node, call)
         places: dict[int, tuple[int | None, Window]] = {
-            e: (out, _SAME) for e, out in enumerate(known.axes[0]) if out is not None
+            e: (out, SAME) for e, out in enumerate(known.axes[0]) if out is not None
         }
         places |= {e: (out, window) for e, out, window in meets}
         ready = self._unmixed(filled, known.axes, places)
@@ -249,18 +229,6 @@ class Forms:
         near = self.algebra.arrived(ready[0], places)
         return Structured(core, tuple(ties), ready[0].basis, event, near)
 
-    def _windows(self, node: fx.Node, call: Call) -> list[tuple[int, int, Window]]:
-        """Mixed axes of the operand of which each position of the result meets a window only, with
-        the axes of the result that they become."""
-        known = self.fact(node)
-        if not isinstance(known.kind, Linear) or known.kind.windows is None:
-            return []
-        passed = {out for out in known.axes[0] if out is not None}
-        own = [e for e, out in enumerate(known.axes[0]) if out is None]
-        made = [e for e in range(len(self.canonical.event(node))) if e not in passed]
-        found = zip(own, made, known.kind.windows(call), strict=True)
-        return [(e, out, window) for e, out, window in found if window is not None]
-
     def _zero_like(self, t: Structured, operand: fx.Node, rank: int) -> Structured:
         """The zero tangent of an operand of so many event axes, tied as ``t`` is.  A constant may
         have fewer axes (they broadcast), or batch axes too."""
@@ -279,7 +247,7 @@ class Forms:
         self,
         items: Sequence[Structured],
         axes: Sequence[Sequence[int | None]],
-        places: Mapping[int, tuple[int | None, Window]],
+        places: Places,
     ) -> list[Structured]:
         """Untie and widen the axes that the operation mixes; one set of ties for all.  ``places``:
         axes that something can stay near."""
@@ -289,9 +257,7 @@ class Forms:
         ready = [self.algebra.widen(t, mixed) for t, mixed in zip(ready, own, strict=True)]
         return self.algebra.spread(ready, own) if len(ready) > 1 else ready
 
-    def _opened(
-        self, s: Structured, axes: Sequence[int], places: Mapping[int, tuple[int | None, Window]]
-    ) -> Structured:
+    def _opened(self, s: Structured, axes: Sequence[int], places: Places) -> Structured:
         """Untie the axes that an operation mixes."""
         s = self.algebra.mix(s, [e for e in axes if e not in places])
         return self.algebra.moved(self.algebra.untie(s, axes), places)
@@ -358,10 +324,10 @@ class Forms:
         rank = len(self.canonical.event(node))
         mixed = [e for e in range(rank) if e not in passed]
         call = self.call(node)
-        meets = self._windows(node, call)
+        meets = windows_of(self.canonical, node, call)
         places: dict[int, tuple[int | None, Window]] = {}
         if g.near:
-            places = {out: (None, _SAME) for out in passed}
+            places = dict.fromkeys(passed, (None, SAME))
             places |= {out: (e, window.reversed()) for e, out, window in meets}
         g = self.algebra.widen(self._opened(g, mixed, places), mixed)
         core = self.algebra.tensor(g)
@@ -381,7 +347,7 @@ class Forms:
             ties = tuple(None if out is None else g.ties[out] for out in axes)
             event = self.canonical.event(operand)
             self.check_rank(node, part, len(g.free) + self.nb + len(event))
-            own = {out: (e, _SAME) for e, out in enumerate(axes) if out is not None}
+            own = {out: (e, SAME) for e, out in enumerate(axes) if out is not None}
             near = self.algebra.arrived(g, {**places, **own})
             found.append((operand, Structured(part, ties, g.basis, event, near)))
         return found

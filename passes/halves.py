@@ -6,7 +6,8 @@ one name are tied: the core is diagonal over them.  Adding the transpose at the 
 result exactly symmetric, bit for bit.
 
 A part that is symmetric as it is, and a long sum of products that are the same for every sample, is
-kept *packed*: only its upper triangle is ever computed.
+kept *packed*: only its upper triangle is ever computed.  So is one of which few entries differ from
+zero, those of a *band*.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxhess import triangle
-from fxhess.contraction import Factor, contract
+from fxhess import triangle, windows
+from fxhess.contraction import Factor, Same, contract
 from fxhess.emit import VAL, VARIES, Var
 from fxhess.kinds import Label
+from fxhess.passes.band import band_of, pack
 from fxhess.passes.curvature import Curvature, Moved
 from fxhess.passes.forms import Forms
 from fxhess.structure import Structured
+from fxhess.windows import Band
 
 Pattern = tuple[int, ...]
 
@@ -55,7 +58,8 @@ class Half:
     basis: tuple[int, ...]
     outputs: tuple[int, ...]
     cores: dict[Pattern, Var | float] = field(default_factory=dict)
-    packed: Var | None = None  # [*batch, *outputs, n (n + 1) / 2], n the product of the basis
+    # By their band (none: all of the triangle): [*batch, *outputs, entries].
+    packed: dict[Band | None, Var] = field(default_factory=dict)
     part: Part = FULL
 
     @property
@@ -70,8 +74,9 @@ class Half:
             return self.outputs
         return (*self.outputs, *self.basis, *(self.basis[k] for k in self.untied))
 
-    def add_packed(self, part: Var) -> None:
-        self.packed = part if self.packed is None else self.packed + part  # type: ignore[assignment]
+    def add_packed(self, part: Var, band: Band | None = None) -> None:
+        known = self.packed.get(band)
+        self.packed[band] = part if known is None else known + part  # type: ignore[assignment]
 
     def add(self, pattern: Pattern, core: Var | float) -> None:
         known = self.cores.get(pattern)
@@ -81,12 +86,12 @@ class Half:
         """Add a part along the same basis."""
         for pattern, core in part.cores.items():
             self.add(pattern, core)
-        if part.packed is not None:
-            self.add_packed(part.packed)
+        for band, packed in part.packed.items():
+            self.add_packed(packed, band)
 
     def values(self) -> list[fx.Node]:
         """What holds the half."""
-        held = [*self.cores.values(), self.packed]
+        held = [*self.cores.values(), *self.packed.values()]
         return [v.node for v in held if isinstance(v, Var)]
 
 
@@ -115,9 +120,9 @@ class Halves:
                     tuple(names[m : m + n]), tuple(names[m + n :]), 1.0,
                 )
             )  # fmt: skip
-        if half.packed is not None:
+        for unpacked in self._unpacked(half):
             axes: list[Label] = [("c", k) for k in range(m + 2 * n)]
-            whole: Factor = (self._unpacked(half), [*self.forms.batch(), *axes])
+            whole: Factor = (unpacked, [*self.forms.batch(), *axes])
             terms.append(
                 Curvature(
                     base, base, (whole,), tuple(axes[:m]),
@@ -126,12 +131,17 @@ class Halves:
             )  # fmt: skip
         return terms
 
-    def _unpacked(self, half: Half) -> Var:
-        """The packed part as ``[*batch, *outputs, *basis, *basis]``."""
-        places = self.emitter.call(
-            triangle.positions, math.prod(half.basis), device=self.algebra.device
-        )
-        return self.emitter.call(triangle.unpack, half.packed, places, half.basis)
+    def _unpacked(self, half: Half) -> list[Var]:
+        """The packed parts as ``[*batch, *outputs, *basis, *basis]``."""
+        device = self.algebra.device
+        found = []
+        for band, packed in half.packed.items():
+            if band is None:
+                places = self.emitter.call(triangle.positions, math.prod(half.basis), device=device)
+            else:
+                places = self.emitter.call(windows.places, half.basis, band, device=device)
+            found.append(self.emitter.call(triangle.unpack, packed, places, half.basis))
+        return found
 
     def close(
         self, half: Half, term: Curvature | Moved, left: Structured, right: Structured
@@ -222,7 +232,7 @@ class Halves:
             factors.append((right.core, right.labels(columns, batch, term.right)))
             sizes.update(zip(term.right, right.event, strict=True))
             u = right.basis_labels(columns, term.right)
-        same = _Same()
+        same = Same()
         for k in half.part.tied:
             same.join(t[k], u[k])
         sizes.update({t[k]: half.basis[k] for k in half.part.tied})
@@ -238,7 +248,7 @@ class Halves:
         half.add(pattern, core)
         return pattern
 
-    def _merged(self, factor: Factor, same: _Same) -> Factor:
+    def _merged(self, factor: Factor, same: Same) -> Factor:
         """The factor with labels that are the same as one."""
         value: Any = factor[0]
         labels = [same(a) for a in factor[1]]
@@ -275,13 +285,13 @@ class Halves:
         batch = self.forms.batch()
         columns: list[Label] = [("u", k) for k in range(len(half.basis))]
         right = self._distinct(right, term.right)
-        right, near = self.forms.carried(right, term.right, term.left, len(half.outputs))
+        right, near = self.algebra.carried(right, term.right, term.left, len(half.outputs))
         names = [*term.outputs, *right.basis_labels(columns, term.right)]
         doubled = [a for a in names if names.count(a) > 1]
         if doubled:  # an output and a basis axis tied to one event axis: give both their own
             tied = [e for e, a in enumerate(term.right) if a in doubled]
             right = self.algebra.mix(right, tied)
-            right, near = self.forms.carried(right, term.right, term.left, len(half.outputs))
+            right, near = self.algebra.carried(right, term.right, term.left, len(half.outputs))
             names = [*term.outputs, *right.basis_labels(columns, term.right)]
         factors: list[Factor] = [*term.factors, (term.weight, ())]
         factors.append((right.core, right.labels(columns, batch, term.right)))
@@ -302,6 +312,10 @@ class Halves:
 
     def absorb(self, half: Half, moved: Structured) -> None:
         """Add the sum of moved tangents that arrived at the basis itself."""
+        band = band_of(moved, half.basis, len(half.outputs), self.nb) if half.part == FULL else None
+        if band is not None:
+            half.add_packed(pack(self.algebra, moved, half.basis, band), band)
+            return
         moved = self.algebra.dense(moved)
         batch = self.forms.batch()
         outputs, columns, rows = self._axes(half, moved)
@@ -321,7 +335,7 @@ class Halves:
         columns = [m + len(half.basis) + k for k in range(len(rows))]
         if half.part.traced:
             rows = columns = []
-        if not half.cores and half.packed is None:
+        if not half.cores and not half.packed:
             return self.zeros(half.sizes)
         total: Var | None = None
         result: Var | None = None
@@ -338,8 +352,7 @@ class Halves:
             for i, j in zip(rows, columns, strict=True):
                 order[self.nb + i], order[self.nb + j] = self.nb + j, self.nb + i
             result = total + torch.permute(total, order)  # type: ignore[assignment]
-        if half.packed is not None:
-            diagonal.append(self._unpacked(half))
+        diagonal += self._unpacked(half)
         for dense in diagonal:
             result = dense if result is None else result + dense
         assert result is not None
@@ -383,20 +396,3 @@ class Halves:
         if all(isinstance(n, int) and n == -1 for n in want):
             return var
         return torch.clone(var.expand(want), memory_format=torch.contiguous_format)  # type: ignore[return-value]
-
-
-class _Same:
-    """Which labels stand for one axis."""
-
-    def __init__(self) -> None:
-        self._first: dict[Label, Label] = {}
-
-    def __call__(self, label: Label) -> Label:
-        while label in self._first:
-            label = self._first[label]
-        return label
-
-    def join(self, a: Label, b: Label) -> None:
-        a, b = self(a), self(b)
-        if a != b:
-            self._first[b] = a

@@ -26,6 +26,7 @@ from fxhess.errors import InputError
 from fxhess.facts import Canonical, dataflow, known_fact
 from fxhess.kinds import is_curved
 from fxhess.outputs import Output
+from fxhess.passes.colours import colours
 from fxhess.passes.differentiate import start_of
 from fxhess.passes.draft import Draft, Piece, Start
 from fxhess.passes.halves import Half
@@ -204,7 +205,7 @@ def _trial(
         if done == 0 and terms and not start.key:
             pulled = range(1, terms + 1) if terms <= _FEW else [terms]
             cuts += [Piece(base, count) for count in pulled]
-            near = draft.colours(base, following, later.half if later else None)
+            near = colours(draft, base, following, later.half if later else None)
             cuts += [Piece(base, count, n) for n in near[:_FEW] for count in (0, terms)]
         done += 1
 
