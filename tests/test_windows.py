@@ -174,6 +174,7 @@ def test_gradients_flow_through_colours():
             torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_compiled_programs_have_colours_too():
     net, x = small().requires_grad_(False), randn(3, 1, 16, 16, seed=5)
     hess = fxhess.transform(net, event_ndim=3, compile=True)
