@@ -52,7 +52,7 @@ def hoist(graph: fx.Graph) -> tuple[fx.Graph, fx.Graph]:
 def divide(prologue: fx.Graph, worth: int) -> tuple[fx.Graph, fx.Graph, list[int], list[bool]]:
     """Divide a prologue into what is worth keeping from call to call, as long as what it is made of
     stays the same, and the rest, which is made anew.  To see that nothing changed all of that is
-    read: it has to be worth ``worth`` operations an entry.
+    read: it has to be worth ``worth`` operations an entry.  Constants made of nothing need no look.
 
     Returns both graphs (the first takes only the tensors that it needs), the positions of these
     tensors, and for each result whether it is kept.
@@ -63,7 +63,7 @@ def divide(prologue: fx.Graph, worth: int) -> tuple[fx.Graph, fx.Graph, list[int
     sources = [n for n in nodes if n.op == "placeholder"]
     needs = [_ancestors(result) for result in results]  # type: ignore[arg-type]
     keeps = [
-        0 < worth * sum(n.meta[VAL].numel() for n in needed if n.op == "placeholder")
+        worth * max(1, sum(n.meta[VAL].numel() for n in needed if n.op == "placeholder"))
         <= sum(map(flops, needed))
         for needed in needs
     ]  # fmt: skip
