@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import random
 import resource
 import signal
+import tempfile
 import time
+import warnings
+from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
@@ -239,6 +243,64 @@ def test_a_folder_that_refuses(disk, monkeypatch):
                 assert_close(fxhess.transform(model)(x), oracle.hessian(model, x))
                 assert str(error) in fxhess.cache_info().disk.problem
     assert fxhess.cache_info().disk.entries == 0
+
+
+NOBODY = 65534
+
+
+def _as_nobody(folder, wants, tell):
+    os.environ["FXHESS_CACHE_DIR"] = str(folder)
+    os.setgroups([])
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
+    fxhess.cache_clear()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for model, x, want in wants:
+            assert_close(fxhess.transform(model)(x), want)
+        info = fxhess.cache_info().disk
+    told = [str(w.message) for w in warned if issubclass(w.category, UserWarning)]
+    tell(json.dumps([info.entries, info.hits, info.problem, told]))
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be another"
+)
+@pytest.mark.parametrize("case", ["own", "another's"])
+def test_a_folder_that_may_only_be_read(case, monkeypatch):
+    """As a user whom the system refuses: what is there is read, nothing is added; what another user
+    owns is left alone."""
+    models = [mlp(3, 4, 1), mlp(3, 5, 1)]
+    x = randn(2, 3)
+    monkeypatch.delenv("FXHESS_CACHE", raising=False)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        place = Path(folder, "kept")
+        monkeypatch.setenv("FXHESS_CACHE_DIR", str(place))
+        wants = []
+        for model in models:
+            fxhess.cache_clear()
+            wants.append((model, x, fxhess.transform(model)(x).detach()))
+            if len(wants) == 1:
+                kept = fxhess.cache_info().disk.entries
+        later = [p for p in place.rglob("*-*") if p.is_file()]
+        for path in sorted(later, key=lambda p: p.stat().st_mtime_ns)[kept:]:
+            path.unlink()
+        before = {p: p.read_bytes() for p in place.rglob("*") if p.is_file()}
+        for path in [place, *place.rglob("*")]:
+            if case == "own":
+                os.chown(path, NOBODY, NOBODY)
+            os.chmod(path, (0o500 if case == "own" else 0o755) if path.is_dir() else 0o444)
+        with answers() as (tell, told):
+            assert finished(forked(_as_nobody, place, wants, tell)) == 0
+            (line,) = told()
+        assert before == {p: p.read_bytes() for p in place.rglob("*") if p.is_file()}
+    fxhess.cache_clear()
+    entries, hits, problem, warned = json.loads(line)
+    if case == "own":
+        assert (entries, hits) == (kept, kept) and "denied" in problem and not warned
+    else:
+        assert hits == 0 and len(warned) == 1 and str(place) in warned[0], warned
 
 
 def test_a_file_in_place_of_the_folder(disk):
