@@ -99,8 +99,12 @@ def _seconds(way: Callable[..., Any], args: Sequence[Any]) -> float:
     return time.perf_counter() - start
 
 
+# What PyTorch's allocator says, and oneDNN where it finds no room for its scratchpad.
+_NO_MEMORY = ("DefaultCPUAllocator", "could not create a primitive")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on whatever device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)

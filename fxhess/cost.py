@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import fx
@@ -210,18 +210,62 @@ def own_bytes(node: fx.Node) -> int:
 
 
 def peak_bytes(nodes: Sequence[fx.Node]) -> int:
-    """Bytes alive at once, if each value dies after its last use."""
+    """Bytes that are worked on at once: each value counts until its own last use."""
+    return _peak(nodes, {})
+
+
+def held_bytes(nodes: Sequence[fx.Node]) -> int:
+    """Bytes allocated at once: a value is there until the last use of its views, and what a product
+    or a reshape has to copy comes besides."""
+    bases: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        if own_bytes(node) + _copied_bytes(node) == 0 and node.all_input_nodes:
+            base = node.all_input_nodes[0]
+            bases[node] = bases.get(base, base)
+    return _peak(nodes, bases)
+
+
+def _peak(nodes: Sequence[fx.Node], bases: Mapping[fx.Node, fx.Node]) -> int:
     last: dict[fx.Node, int] = {}
     for i, node in enumerate(nodes):
         for operand in node.all_input_nodes:
-            last[operand] = i
+            last[bases.get(operand, operand)] = i
     alive = peak = 0
     sizes: dict[fx.Node, int] = {}
     for i, node in enumerate(nodes):
-        own = sizes[node] = own_bytes(node)
-        alive += own
-        peak = max(peak, alive)
-        for operand in node.all_input_nodes:
+        own, copied = own_bytes(node), _copied_bytes(node) if bases else 0
+        kept = copied if node.op != "placeholder" and not own else 0  # a reshape's is its result
+        sizes[node] = own + kept
+        alive += own + kept
+        peak = max(peak, alive + copied - kept)
+        for operand in {bases.get(n, n) for n in node.all_input_nodes}:
             if last.get(operand) == i:
                 alive -= sizes.pop(operand, 0)
     return peak
+
+
+def _is_view(value: torch.Tensor, node: fx.Node) -> bool:
+    """Whether the reshaped value needs no copy."""
+    try:
+        value.view(node.meta[VAL].shape)
+    except RuntimeError:
+        return False
+    return name_of(node) != "contiguous"
+
+
+_RESHAPES = frozenset({"reshape", "flatten", "contiguous", "_unsafe_view"})
+
+
+def _copied_bytes(node: fx.Node) -> int:
+    """Bytes that an operation allocates for operands that are not laid out as it needs them."""
+    name = name_of(node)
+    if name not in _RESHAPES and name not in _PRODUCTS:
+        return 0
+    taken = 0
+    for operand in node.all_input_nodes[: 1 if name in _RESHAPES else None]:
+        value = operand.meta.get(VAL)
+        if not isinstance(value, torch.Tensor) or value.is_contiguous() or value.ndim < 2:
+            continue
+        if not (value.mT.is_contiguous() if name in _PRODUCTS else _is_view(value, node)):
+            taken += value.numel() * value.element_size()
+    return taken

@@ -80,7 +80,8 @@ class Execution:
 
     ``prologue`` maps the model's tensors to what the body needs of them; ``body`` takes x, these
     and the results to write into.  ``leads`` and ``shapes``: sizes of each result's axes before
-    and after the batch; ``per_sample``: bytes of working memory a sample needs at the peak;
+    and after the batch; ``per_sample``: bytes of working memory a sample needs at the peak,
+    ``allocated``: those allocated then, views and copies considered;
     ``hoisted``: bytes of what the prologue gives, and of copies of what it is made of where it is
     worth keeping (``keeping``); ``flops``: operations a sample takes; estimates.  ``tiled``:
     whether samples may be run apart (no random numbers).
@@ -94,6 +95,7 @@ class Execution:
     batch_ndim: int
     given: tuple[Given, ...]
     per_sample: int
+    allocated: int
     hoisted: int
     flops: int
     keeping: Keeping
@@ -137,7 +139,7 @@ class Execution:
         prologue, body = hoist(graph)
         nominal = next(iter(graph.nodes)).meta[VAL].shape[:batch_ndim].numel()
         inner = [n for n in body.nodes if n.op.startswith("call")]
-        peak = cost.peak_bytes(inner)
+        peak, allocated = cost.peak_bytes(inner), cost.held_bytes(inner)
         crossing = {n.name for n in body.nodes if n.op == "placeholder"}
         made = [n for n in calls if n.name in crossing]
         sources = [n for n in prologue.nodes if n.op == "placeholder"]
@@ -153,6 +155,7 @@ class Execution:
             batch_ndim,
             tuple(given),
             max(1, peak // max(1, nominal)),
+            max(1, -(-allocated // max(1, nominal))),
             held,
             sum(map(cost.flops, calls)) // max(1, nominal),
             Keeping(
@@ -234,7 +237,7 @@ class Execution:
         results = sum(
             torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.results(batch)
         )
-        return results + self.hoisted + _UNSEEN, batch[1:].numel() * self.per_sample
+        return results + self.hoisted + _UNSEEN, batch[1:].numel() * self.allocated
 
     def spare(self, x: torch.Tensor, fresh: bool, max_memory: int) -> int:
         """Bytes that are left for tiles; ``fresh``: the results are still to be allocated."""
@@ -265,7 +268,8 @@ class Execution:
         _, one = self.needs(x)
         cached = cost.TILE_BYTES.get(x.device.type)
         # The cache's size is no sharp limit, and each tile reads the weights again.
-        count = round(rows * one / cached) if cached else 1
+        worked_on = rows * batch[1:].numel() * self.per_sample
+        count = round(worked_on / cached) if cached else 1
         if max_memory is not None:
             spare = self.spare(x, fresh, max_memory)
             least = self._least(x)

@@ -106,7 +106,7 @@ class Program:
             return
         calls = [n for n in self.graph_module.graph.nodes if n.op.startswith("call")]
         nominal = next(iter(self.graph_module.graph.nodes)).meta[VAL].shape[: self.batch_ndim]
-        taken = sum(map(cost.own_bytes, calls)) if wanted else cost.peak_bytes(calls)
+        taken = sum(map(cost.own_bytes, calls)) if wanted else cost.held_bytes(calls)
         taken = taken * x.shape[: self.batch_ndim].numel() // max(1, nominal.numel())
         if taken > limit:
             raise InputError(
