@@ -7,7 +7,7 @@ the kind is not zero and some operand it speaks of is active.
 from __future__ import annotations
 
 from fxhess.facts import Canonical, fact, is_active, set_active
-from fxhess.kinds import Elementwise, Zero
+from fxhess.kinds import Elementwise, Multilinear, Zero
 
 
 def mark_activity(canonical: Canonical) -> Canonical:
@@ -22,6 +22,8 @@ def mark_activity(canonical: Canonical) -> Canonical:
                 flows = False
             case Elementwise(first=first):
                 flows = any(a and d != 0 for a, d in zip(active, first, strict=True))
+            case Multilinear():  # by the number 0 as much a constant as what has no derivative
+                flows = any(active) and known.args[3] != 0
             case _:
                 flows = any(active)
         set_active(node, flows)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fxhess.kinds import Along, Call, Equation
-from fxhess.registry import aten, composite, linear, multilinear, zero
+from fxhess.registry import aten, composite, linear, multilinear, smooth, zero
 from fxhess.rules.shape import event_size
 
 Dims = int | Sequence[int] | None
@@ -202,12 +202,42 @@ def finite_peak(self: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
     return torch.where(torch.isinf(peak), 0.0, peak)
 
 
-@composite(aten.logsumexp.default)
-def logsumexp(self: torch.Tensor, dim: Dims, keepdim: bool = False) -> torch.Tensor:
+def logsumexp(self: torch.Tensor, dim: Dims, keepdim: bool = False) -> Any:
+    """One axis after the other, and kept; of complex numbers by exponentials."""
     dims = _dims(self, dim)
-    peak = finite_peak(self, dims)
-    total = torch.sum(torch.exp(self - peak), dims, True)
-    return _squeezed(torch.log(total) + peak, dims, keepdim)
+    if self.is_complex():
+        peak = finite_peak(self, dims)
+        total = torch.sum(torch.exp(self - peak), dims, True)
+        return _squeezed(torch.log(total) + peak, dims, keepdim)
+    if len(dims) == 1 and keepdim and self.ndim and self.is_floating_point():
+        return NotImplemented
+    y = self if self.is_floating_point() else self.to(torch.get_default_dtype())
+    for k in dims if self.ndim else ():
+        y = torch.logsumexp(y, [k], True)
+    return _squeezed(y, dims, keepdim)
+
+
+def _shares(call: Call) -> Any:
+    """What each term is of the sum; 0 where there is no term but 0."""
+    shares = torch.softmax(call.operands[0], call.args[1][0])
+    return torch.where(torch.isneginf(call.y), 0.0, shares)
+
+
+def _logsumexp_curve(call: Call, g: Any, i: int, j: int, t: Any) -> Any:
+    """By the differences of tangents from their mean: E[t u] - E[t] E[u] would cancel."""
+    shares = _shares(call)
+    return g * shares * (t - torch.sum(shares * t, call.args[1], True))
+
+
+smooth(
+    aten.logsumexp.default,
+    Along("dim"),
+    push=lambda call, t: torch.sum(_shares(call) * t, call.args[1], True),
+    pull=lambda g, call: g * _shares(call),
+    curve=_logsumexp_curve,
+    rewrite=logsumexp,
+    finite=True,
+)
 
 
 @composite(aten.logcumsumexp.default)
@@ -220,7 +250,7 @@ def logcumsumexp(self: torch.Tensor, dim: int) -> torch.Tensor:
     x = torch.movedim(self, dim, -1).unsqueeze(-2)
     late = torch.ones(n, n, dtype=torch.bool, device=self.device).triu(1)
     terms = torch.where(late, -math.inf, x)
-    return torch.movedim(logsumexp(terms, [-1]), -1, dim)
+    return torch.movedim(torch.logsumexp(terms, [-1]), -1, dim)
 
 
 # --- extrema ----------------------------------------------------------------------------------

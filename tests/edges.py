@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 import fxhess
 from fxhess import oracle
+from tests.conventions import INTRODUCTION, show
 
 INF, NAN = math.inf, math.nan
 D = torch.float64
@@ -71,6 +72,24 @@ LEAK = "what is not chosen does not count; 0·inf there"
 PUT = "what is constant has no derivative; inf·0 there"
 PRODUCT = "0·inf there"
 W3 = torch.tensor([1.0, -2.0, 0.5], dtype=D)
+SECOND = torch.tensor([False, True])
+
+
+def _written(x: torch.Tensor) -> torch.Tensor:
+    y = x.clone()
+    y[:, 1] = 0.0
+    return y.sqrt().sum(1)
+
+
+def _beside(x: torch.Tensor) -> torch.Tensor:
+    """x with an entry -inf behind it."""
+    return torch.cat([x, torch.full_like(x[:, :1], -INF)], 1)
+
+
+def _apart(x: torch.Tensor) -> torch.Tensor:
+    """Sum of the distances of each sample's points ``[B, n, d]``."""
+    return torch.stack([torch.pdist(points).sum() for points in x])
+
 
 KINKS = [
     one("`relu` at 0", F.relu, 0.0, 0, 0),
@@ -146,6 +165,13 @@ ENDS = [
     Row("`sqrt(x · m)`, m = (1, 0), at (1, 5)",
         lambda x: (x * torch.tensor([1.0, 0.0], dtype=D)).sqrt().sum(1), (1.0, 5.0), (0.5, 0),
         (-0.25, 0, 0, 0), PUT),
+    Row("`rsqrt(masked_fill(x, m, 0))`, m = (0, 1), then filled with 0, at (1, 5)",
+        lambda x: x.masked_fill(SECOND, 0.0).rsqrt().masked_fill(SECOND, 0.0).sum(1), (1.0, 5.0),
+        (-0.5, 0), (0.75, 0, 0, 0)),
+    Row("`y = x.clone(); y[:, 1] = 0; y.sqrt()` at (1, 5)", _written, (1.0, 5.0), (0.5, 0),
+        (-0.25, 0, 0, 0)),
+    one("`sqrt(clamp(x, 0)) + x²` at -1", lambda x: x.clamp_min(0).sqrt() + x * x, -1.0, -2, 2),
+    one("`x · sqrt(0 · x) + x²` at 1", lambda x: x * (0 * x).sqrt() + x * x, 1.0, 2, 2, PUT),
     Row("`atan2` at the origin", lambda x: torch.atan2(x[:, 0], x[:, 1]), (0.0, 0.0), (0, 0), Z4,
         "0 is taken for both orders, as PyTorch does for the first"),
     Row("`hypot` at the origin", lambda x: torch.hypot(x[:, 0], x[:, 1]), (0.0, 0.0), (0, 0),
@@ -155,6 +181,10 @@ ENDS = [
     one("`x**1` at 0", lambda x: x**1, 0.0, 1, 0),
     one("`x**2` at 0", lambda x: x**2, 0.0, 0, 2),
     one("`x**3` at 0", lambda x: x**3, 0.0, 0, 0),
+    one("`x**7` at 0", lambda x: x**7, 0.0, 0, 0),
+    one("`float_power(x, 2)` at 0", lambda x: torch.float_power(x, 2), 0.0, 0, 2),
+    one("`x**p`, p a tensor 1, at 0", lambda x: x ** torch.ones(1, dtype=D), 0.0, 1, 0),
+    one("`x**p`, p a tensor 2, at 0", lambda x: x ** torch.full((1,), 2.0, dtype=D), 0.0, 0, 2),
     one("`x**1.5` at 0: infinite", lambda x: x**1.5, 0.0, 0, INF),
     one("`x**-1` at 0: infinite", lambda x: x**-1, 0.0, -INF, INF),
     Row("`pow(x, p)` at (0, 2)", lambda x: torch.pow(x[:, 0], x[:, 1]), (0.0, 2.0), (0, 0),
@@ -163,8 +193,21 @@ ENDS = [
     one("`sinc` at 0", torch.sinc, 0.0, 0, -(math.pi**2) / 3, SMOOTH),
     Row("`xlogy` at (0, 0)", lambda x: torch.xlogy(x[:, 0], x[:, 1]), (0.0, 0.0), (0, 0), Z4,
         "xlogy(0, ·) is 0 by definition, and so are its derivatives"),
+    one("`xlogy(x, 2)` at 0", lambda x: torch.xlogy(x, 2.0), 0.0, math.log(2), 0),
     Row("`xlog1py` at (0, -1)", lambda x: torch.special.xlog1py(x[:, 0], x[:, 1]), (0.0, -1.0),
         (0, 0), Z4, "xlog1py(0, ·) is 0 by definition, and so are its derivatives"),
+    Row("`logsumexp` of x and -inf", lambda x: torch.logsumexp(_beside(x), 1), (0.0, 0.0),
+        (0.5, 0.5), (0.25, -0.25, -0.25, 0.25)),
+    Row("`softmax` of x and -inf, first entry", lambda x: torch.softmax(_beside(x), 1)[:, 0],
+        (0.0, math.log(3)), (0.1875, -0.1875), (0.09375, -0.09375, -0.09375, 0.09375)),
+    Row("`log_softmax` of x and -inf, first entry",
+        lambda x: torch.log_softmax(_beside(x), 1)[:, 0], (0.0, 0.0), (0.5, -0.5),
+        (-0.25, 0.25, 0.25, -0.25)),
+    Row("`logaddexp(a, b)`, b filled with -inf", lambda x: torch.logaddexp(
+        x, x.masked_fill(SECOND, -INF))[:, 1], (1.0, 1.0), (0, 1), Z4, PRODUCT),
+    Row("`logcumsumexp` of -inf and x, last entry",
+        lambda x: _beside(x).flip(1).logcumsumexp(1)[:, -1], (0.0, 0.0), (0.5, 0.5),
+        (0.25, -0.25, -0.25, 0.25)),
     one("`entr` at 0: infinite", torch.special.entr, 0.0, INF, -INF),
 ]  # fmt: skip
 
@@ -189,6 +232,21 @@ NORMS = [
         (0, 0), Z4, "PyTorch has no second derivative; as a norm at 0"),
     Row("`1e-12·normalize` at 0: x / eps", lambda x: 1e-12 * F.normalize(x, dim=1).sum(1),
         (0.0, 0.0), (1, 1), Z4, SMOOTH),
+    Row("`pdist` of equal points", lambda x: _apart(x.reshape(-1, 2, 1)), (1.0, 1.0), (0, 0), Z4,
+        "PyTorch has no second derivative; as a norm at 0"),
+    Row("`1e-8·cosine_similarity` with (3, 4), at 0: x·y / (eps |y|)",
+        lambda x: 1e-8 * F.cosine_similarity(x, torch.tensor([[3.0, 4.0]], dtype=D), 1),
+        (0.0, 0.0), (0.6, 0.8), Z4, SMOOTH),
+    Row("`var` of equal entries", lambda x: x.var(1), (1.0, 1.0), (0, 0), (1, -1, -1, 1)),
+    Row("`sqrt(var + 1/4)` of equal entries", lambda x: (x.var(1) + 0.25).sqrt(), (1.0, 1.0),
+        (0, 0), (1, -1, -1, 1)),
+    Row("`rms_norm`, weights 1, -2, 1/2, at 0",
+        lambda x: (F.rms_norm(x, (3,), eps=0.25) * W3).sum(1), (0.0, 0.0, 0.0), (2, -4, 1), Z9),
+    Row("`group_norm`, weights 1, -2, 1/2, of equal entries",
+        lambda x: (F.group_norm(x[..., None], 1, eps=0.25)[..., 0] * W3).sum(1), (1.0, 1.0, 1.0),
+        (7 / 3, -11 / 3, 4 / 3), Z9),
+    Row("absolute value of the complex number a + bi at 0",
+        lambda x: torch.complex(x[:, 0], x[:, 1]).abs(), (0.0, 0.0), (0, 0), Z4),
     Row("`std` of equal entries", lambda x: x.std(1), (1.0, 1.0), (0, 0), Z4),
     Row("`layer_norm`, weights 1, -2, 1/2, of equal entries",
         lambda x: (F.layer_norm(x, (3,), eps=0.25) * W3).sum(1), (1.0, 1.0, 1.0),
@@ -200,6 +258,10 @@ NORMS = [
     Row("`prod`, three zeros", lambda x: x.prod(1), (0.0, 0.0, 0.0), (0, 0, 0), Z9),
     Row("`cumprod`, two zeros", total(lambda x: x.cumprod(1)), (0.0, 0.0, 3.0), (1, 0, 0),
         (0, 4, 0, 4, 0, 0, 0, 0, 0)),
+    Row("`cumprod`, one zero", total(lambda x: x.cumprod(1)), (0.0, 2.0, 3.0), (9, 0, 0),
+        (0, 4, 2, 4, 0, 0, 2, 0, 0)),
+    Row("`cumprod`, three zeros", total(lambda x: x.cumprod(1)), (0.0, 0.0, 0.0), (1, 0, 0),
+        (0, 1, 0, 1, 0, 0, 0, 0, 0)),
     Row("`scatter_reduce` `prod`, two zeros", lambda x: torch.ones_like(x[:, :1]).scatter_reduce(
         1, torch.zeros_like(x, dtype=torch.int64), x, "prod").sum(1), (0.0, 0.0, 3.0), (0, 0, 0),
         (0, 3, 0, 3, 0, 0, 0, 0, 0), "PyTorch's second derivative is 0"),
@@ -252,6 +314,12 @@ MATRICES = [
     Row("sum of squares of `eigvalsh` at the identity",
         matrix(lambda m: torch.linalg.eigvalsh(m) ** 2), (1.0, 0.0, 0.0, 1.0), (2, 0, 0, 2),
         SQUARES, SMOOTH),
+    Row("sum of logarithms of `eigvalsh` at the identity",
+        matrix(lambda m: torch.linalg.eigvalsh(m).log()), (1.0, 0.0, 0.0, 1.0), (1, 0, 0, 1),
+        tuple(-h / 2 for h in SQUARES), SMOOTH),
+    Row("sum of `sqrt(1 + s²)`, s by `svdvals`, at 0",
+        matrix(lambda m: (1 + torch.linalg.svdvals(m) ** 2).sqrt()), Z4, Z4,
+        tuple(h / 2 for h in SQUARES), SMOOTH),
     Row("sum of squares of `svdvals` at 0", matrix(lambda m: torch.linalg.svdvals(m) ** 2),
         Z4, Z4, SQUARES, SMOOTH),
     Row("sum of V exp(l) Vᵀ, by the vectors of `eigh`, at the identity (write `matrix_exp`)",
@@ -272,37 +340,6 @@ SECTIONS = {
 
 # --- the table ------------------------------------------------------------------------------------
 
-INTRODUCTION = """# Conventions
-
-What fxhess returns where a derivative is a matter of convention, and where PyTorch's double
-backward returns something else. At a kink: the derivatives of the branch that PyTorch takes
-there. Of ties: what PyTorch's first derivative takes. Where a norm or root has no derivative: 0. An
-entry that is not chosen (`where`, `masked_fill`, indices, slices, maxima, clamps) does not count,
-whatever its value; nor do entries that are constants (written by `where`, `masked_fill` or at an
-index, turned off by `relu` or `clamp`, multiplied by a 0), but for a sum of entries that are all
-turned off, or multiplied by 0. No NaN where the function is twice differentiable, but for
-functions of eigenvectors where eigenvalues repeat, below.
-Every row is a test, from one list (`tests/edges.py`); the table is written by
-`python -m tests.edges --write docs/conventions.md`{version}.
-
-Functions of a norm, such as its square, take the norm's derivatives at 0: write `(x * x).sum()`,
-not `x.norm() ** 2`, where x may be 0.
-
-Functions of eigenvalues or singular values that are smooth where these repeat (a sum of squares, a
-log-determinant: all that treat equal ones alike) have their derivatives there: the quotients
-(g_i - g_j) / (l_i - l_j) of the gradient g by the values have limits, which the second derivative
-of what follows tells. Where there is no limit (the largest of two equal) the pair counts as 0, like
-a norm at 0. A gradient through such a Hessian, and what depends on eigenvectors or singular
-vectors, is PyTorch's: NaN, or noise where rounding has split equal values. There the first
-derivative is 0 / 0 already, and what follows would have to be differentiated three times to tell
-the second's limit.
-
-Value, gradient and Hessian have the type of the model's own result: float32 for a float32 model,
-bfloat16 inside `torch.autocast("cpu", torch.bfloat16)`, float64 where float64 weights meet a
-float32 x. x itself is real and of 64, 32 or 16 bits; what happens inside may be complex, the result
-not.
-"""
-
 
 def pytorch(row: Row) -> tuple[str, str]:
     """What double backward gives, as text."""
@@ -314,17 +351,6 @@ def pytorch(row: Row) -> tuple[str, str]:
         except RuntimeError:
             found.append("error")
     return found[0], found[1]
-
-
-def show(numbers: object) -> str:
-    assert isinstance(numbers, (list, tuple))
-    if len(numbers) > 4 and len(set(map(_number, numbers))) == 1:
-        return f"all {_number(numbers[0])}"
-    return ", ".join(map(_number, numbers))
-
-
-def _number(value: float) -> str:
-    return f"{0.0 if abs(value) < 1e-12 else value:.4g}"
 
 
 def table() -> str:
