@@ -31,6 +31,7 @@ STRUCTURES = {
     "identity": "the identity, no tensor at all",
     "diagonal": "one entry for each position",
     "tied": "block-diagonal: dense along some axes only",
+    "near": "a band: few directions meet each position, those that never meet are taken together",
     "dense": "every entry by every direction",
     "vector": "along given directions",
 }
@@ -199,6 +200,15 @@ def icon(tangent: Tangent, x: float, y: float, size: float) -> str:
             parts.append(
                 f'<rect class="fx-ink" x="{at:.1f}" y="{at:.1f}" width="{cell - 1:.1f}"'
                 f' height="{cell - 1:.1f}"/>'
+            )
+    elif s == "near":
+        n = 5
+        cell = inner / n
+        for k in range(n):
+            left, right = max(k - 1, 0), min(k + 2, n)
+            parts.append(
+                f'<rect class="fx-ink" x="{pad + left * cell:.1f}" y="{pad + k * cell:.1f}"'
+                f' width="{(right - left) * cell:.1f}" height="{cell:.1f}"/>'
             )
     elif s == "vector":
         at = pad + inner * 0.38

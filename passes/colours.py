@@ -18,6 +18,8 @@ from fxhess.kinds import Linear
 from fxhess.passes.draft import Draft
 from fxhess.passes.halves import Half
 
+_LEAST = 2  # times fewer tangents: below, packing and unpacking them is not worth it
+
 
 def colours(
     draft: Draft, base: fx.Node, following: fx.Node | None = None, later: Half | None = None
@@ -41,6 +43,6 @@ def colours(
                 width = one.window.reversed().then(other.window).width
                 widths[one.basis] = width if width < event[one.basis] else 0
         count = math.prod(w or n for w, n in zip(widths, event, strict=True))
-        if count < math.prod(event):
+        if count * _LEAST <= math.prod(event):
             found[tuple(widths)] = count
     return sorted(found, key=lambda widths: (-found[widths], widths))

@@ -149,7 +149,9 @@ def _structure(s: Structured) -> str:
         return "vector"
     if len(tied) == len(long):
         return "diagonal" if isinstance(s.core, Var) else "identity"
-    return "tied" if tied else "dense"
+    if tied:
+        return "tied"
+    return "near" if s.places else "dense"
 
 
 def _shared(canonical: Canonical, s: Structured) -> bool:

@@ -36,6 +36,7 @@ STRATEGIES = ("auto", "close", "pull", "rebase")
 _WINDOW = 5  # how many candidates ahead the next base is looked for, at most
 _EFFORT = 4000  # how many values may be differentiated on scratch paper, about
 _FEW = 3  # up to so many terms, every cut between pulled and closed ones is tried
+_NEAR = 2  # how many numbers of colours are tried
 _ALL = 1 << 30
 
 
@@ -206,7 +207,7 @@ def _trial(
             pulled = range(1, terms + 1) if terms <= _FEW else [terms]
             cuts += [Piece(base, count) for count in pulled]
             near = colours(draft, base, following, later.half if later else None)
-            cuts += [Piece(base, count, n) for n in near[:_FEW] for count in (0, terms)]
+            cuts += [Piece(base, count, n) for n in near[:_NEAR] for count in (0, terms)]
         done += 1
 
 

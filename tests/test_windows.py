@@ -148,6 +148,8 @@ def colours_of(net, x):
 def test_the_planner_takes_colours_where_windows_are_small():
     x = randn(3, 1, 16, 16, seed=1)
     assert colours_of(small(), x)
+    steps = fxhess.transform(small(), event_ndim=3).explain(x).steps
+    assert "near" in {t.structure for o in steps for t in o.step.tangents}
     check(small(), x, 3)
     check(small(), x[:0], 3)
     check(small(), x[0], 3)
