@@ -15,6 +15,7 @@ FILES = (
     "test_interrupts.py",
     "test_disk.py",
     "test_saved.py",
+    "test_exported.py",
     "test_cache.py",
 )
 

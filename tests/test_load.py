@@ -69,7 +69,7 @@ def test_memory_runs_out_in_the_middle_of_a_tile(kind, text, monkeypatch):
                 (failed,) = failing
                 assert calls[failed] == calls[failed - 1] // 2
             else:
-                with pytest.raises(kind, match=text):
+                with pytest.raises(kind, match=text or None):
                     hess(x)
                 assert len(calls) == 2
         with torch.no_grad():
