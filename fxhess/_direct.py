@@ -11,6 +11,7 @@ way, :func:`direct` says so with None, and its caller takes the public ``torch.c
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,9 @@ import torch
 from torch import fx
 
 _MANY = 8  # combinations of sizes and strides, after which the public way is taken
+_TRIALS = 5
+_TWICE = 2.0  # how many times faster than the plain way is fast enough, without trying another
+_AGREES = {torch.float32: 1e-3, torch.float64: 1e-9}  # of the largest entry, with the plain way
 _log = logging.getLogger(__name__)
 
 
@@ -54,7 +58,9 @@ class Direct:
 
     With ``written``, the program takes as many tensors more, whose leading axes are x's batch axes,
     and writes its results into them with ``copy_``.  ``public`` does the same, for what cannot be
-    compiled here.
+    compiled here.  ``other`` compiles it in another way, from inputs like those that it will take
+    (None where it cannot): the faster of both is taken, tried on the first inputs; ``whole``:
+    whether that was the other one, which needs no tiles.
     """
 
     def __init__(
@@ -63,7 +69,10 @@ class Direct:
         batch_ndim: int,
         public: Callable[..., Any],
         written: int = 0,
+        other: Callable[[Sequence[torch.Tensor]], Callable[..., Any] | None] | None = None,
     ) -> None:
+        self.whole = False
+        self._other = other
         self._module = module
         self._batch_ndim = batch_ndim
         self._public = public
@@ -119,12 +128,58 @@ class Direct:
 
     def _compile(self, inputs: Sequence[torch.Tensor]) -> Callable[..., Any] | None:
         """Compiled code that takes a list of tensors like these; None where there is none."""
+        other = self._tried(self._other, inputs) if self._other is not None else None
+        if other is not None and not self._agrees(other, inputs):
+            other = None
+        best = plain = 0.0
+        if other is not None:
+            best = _seconds(other, inputs)
+            plain = _seconds(lambda args: self._module.forward(*args), inputs)
+        if other is None or plain < _TWICE * best:
+            usual = self._tried(
+                lambda given: _compiled(self._module, given, self._batch_ndim, self._written),
+                inputs,
+            )
+            if other is None or (usual is not None and _seconds(usual, inputs) < best):
+                return usual
+        self.whole = True
+        return other
+
+    @staticmethod
+    def _tried(compiles: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> Any:
         try:
-            return _compiled(self._module, inputs, self._batch_ndim, self._written)
+            return compiles(inputs)
         except Exception as error:
             # Whatever it is, torch.compile says it better if it is the program's own fault.
-            _log.info("taking torch.compile instead: %s: %s", type(error).__name__, error)
+            _log.info("not compiled directly: %s: %s", type(error).__name__, error)
             return None
+
+    def _agrees(self, code: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> bool:
+        """Whether the results are those of the plain way, but for rounding."""
+        several = []
+        for way in (lambda args: self._module.forward(*args), code):
+            args = [t.clone(memory_format=torch.preserve_format) for t in inputs]
+            with torch.no_grad():
+                result = way(args)
+            made = result if isinstance(result, (tuple, list)) else (result,)
+            several.append(args[len(args) - self._written :] if self._written else made)
+        for plain, own in zip(*several, strict=True):
+            limit = _AGREES[plain.dtype] * float(plain.nan_to_num(0, 0, 0).abs().max())
+            if own.shape != plain.shape or not torch.allclose(own, plain, 0, limit, equal_nan=True):
+                _log.warning("compiled code that does not agree with the program is not used")
+                return False
+        return True
+
+
+def _seconds(code: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> float:
+    """The shortest of a few calls."""
+    times = []
+    with torch.no_grad():
+        for _ in range(_TRIALS):
+            start = time.perf_counter()
+            code(list(inputs))
+            times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def _compiled(

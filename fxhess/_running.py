@@ -16,6 +16,7 @@ import torch
 from fxhess.outputs import Given
 
 _TRIALS = 3
+_LARGE = 8  # binary digits of a batch size that is as good as any larger one
 _CLEARLY = 0.9  # the plain way has to be faster than this share of the compiled one's time
 
 
@@ -68,24 +69,34 @@ def compiled(
     return run
 
 
-def faster(compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-    """The faster of two ways to do the same, which may be done again: tried at the first call, on
-    its own arguments."""
-    chosen: Callable[..., Any] | None = None
+class Faster:
+    """The faster of two ways to do the same, which may be done again: tried on the first arguments
+    of every size of batch, up to that from which on size tells nothing."""
 
-    def run(*args: Any) -> Any:
-        nonlocal chosen
+    def __init__(self, compiled: Callable[..., Any], plain: Callable[..., Any]) -> None:
+        self._compiled = compiled
+        self._plain = plain
+        self._chosen: dict[int, Callable[..., Any]] = {}
+
+    @property
+    def whole(self) -> bool:
+        """Whether large batches run by code that needs no tiles."""
+        chosen = self._chosen.get(_LARGE)
+        return chosen is self._compiled and getattr(chosen, "whole", False)
+
+    def __call__(self, x: torch.Tensor, *args: Any) -> Any:
+        size = min(_LARGE, x.shape[0].bit_length() if x.ndim else 0)
+        chosen = self._chosen.get(size)
         if chosen is not None:
-            return chosen(*args)
-        result = compiled(*args)  # compiles
-        times = {compiled: math.inf, plain: math.inf}
+            return chosen(x, *args)
+        result = self._compiled(x, *args)  # compiles
+        times = {self._compiled: math.inf, self._plain: math.inf}
         for _ in range(_TRIALS):
             for way in times:
-                times[way] = min(times[way], _seconds(way, args))
-        chosen = plain if times[plain] < _CLEARLY * times[compiled] else compiled
+                times[way] = min(times[way], _seconds(way, (x, *args)))
+        slow = times[self._plain] >= _CLEARLY * times[self._compiled]
+        self._chosen[size] = self._compiled if slow else self._plain
         return result
-
-    return run
 
 
 def _seconds(way: Callable[..., Any], args: Sequence[Any]) -> float:

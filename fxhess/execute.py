@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxhess import _kept, _running, cost, memory
+from fxhess import _kept, _lanes, _running, cost, memory
 from fxhess._direct import Direct
 from fxhess.emit import VAL
 from fxhess.errors import InputError
@@ -27,6 +27,7 @@ from fxhess.progress import advance
 _WORTHWHILE = 5_000_000  # operations; below, the fixed cost of this way of running shows
 _WORTH_A_CALL = 30_000  # operations a sample; below, a compiler does better with all it can see
 _WORTH_KEEPING = 8  # operations for each entry of the tensors that something depends on
+_AT_ONCE = 20_000_000_000  # operations of a call that takes no tiles: Ctrl-C waits for its end
 _UNSEEN = 6 << 20  # bytes that kernels and the allocator use for themselves
 _LOOSE = 1.5  # what a tile takes at most, against the estimate
 
@@ -168,14 +169,18 @@ class Execution:
         )
 
     @cached_property
-    def compiled(self) -> Callable[..., None]:
+    def compiled(self) -> _running.Faster:
         """The body, compiled at its first call, once for all sizes of tiles but 1; as it is where
         that turns out to be faster."""
         body = _kept.module_of(for_compiler(self.body.graph), "CompiledBody")
         fast = _running.compiled(body, self.batch_ndim, self.given)
         if not self.given and not any(self.leads):
-            fast = Direct(body, self.batch_ndim, fast, len(self.leads))
-        return _running.faster(fast, self.body.forward)
+            written = len(self.leads)
+            fast = Direct(
+                body, self.batch_ndim, fast, written,
+                lambda inputs: _lanes.compiled(self.body.graph, inputs, self.batch_ndim, written),
+            )  # fmt: skip
+        return _running.Faster(fast, self.body.forward)
 
     def __call__(
         self,
@@ -201,7 +206,12 @@ class Execution:
         if batch.numel() == 0:
             return list(out)
         hoisted = self._prologue(x, tensors, kept)
-        body = self.compiled if running.compile else self.body.forward
+        body: Callable[..., Any] = self.body.forward
+        if running.compile:
+            body = self.compiled
+            if self.compiled.whole and running.max_memory is None:
+                samples = max(1, batch[1:].numel())
+                step = max(step, _AT_ONCE // max(1, self.flops * samples))
         if not batch or step >= batch[0]:
             body(x, *given, *hoisted, *out)
         else:

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 import fxhess.rules  # noqa: F401  (fills the registry)
-from fxhess import _kept, cost
+from fxhess import _kept, _lanes, cost
 from fxhess._direct import Direct
 from fxhess._running import compiled
 from fxhess.capture import Captured
@@ -125,7 +125,10 @@ class Program:
         """The same for calls without autograd, at less cost a call where that is possible."""
         if self.given:
             return self.compiled
-        return Direct(self.fused, self.batch_ndim, lambda *args: self.compiled(*args))
+        return Direct(
+            self.fused, self.batch_ndim, lambda *args: self.compiled(*args), 0,
+            lambda inputs: _lanes.compiled(self.graph_module.graph, inputs, self.batch_ndim, 0),
+        )  # fmt: skip
 
 
 def key_of(captured: Captured, x: torch.Tensor, options: Options) -> str:

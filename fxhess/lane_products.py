@@ -1,0 +1,139 @@
+"""Matrix products in a program of one sample a lane.
+
+What all samples share is packed once a call, and its entries are broadcast; two values that differ
+from sample to sample are multiplied vector by vector.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fxhess.lane_code import Code
+from fxhess.lane_values import (
+    Axis,
+    Index,
+    Indices,
+    NoLanesError,
+    Strided,
+    Value,
+    broadcast,
+    narrowed,
+    place,
+    size,
+)
+
+
+class Products:
+    """Writes products into a program's code."""
+
+    def __init__(self, code: Code) -> None:
+        self._code = code
+        self._packed: dict[Any, str] = {}
+
+    def write(self, a: Value, b: Value) -> Value:
+        """``torch.matmul`` of values in memory with at least two axes each."""
+        lead = broadcast([a.axes[:-2], b.axes[:-2]])
+        K = a.axes[-1]
+        if not isinstance(K, int) or b.axes[-2] != K:
+            raise NoLanesError("a sum over the batch")
+        result = self._code.array((*lead, a.axes[-2], b.axes[-1]), a.lanes or b.lanes)
+        left, right = _aligned(a, lead), _aligned(b, lead)
+        if not result.lanes:
+            self._shared(left, right, result, K)
+        elif a.lanes and b.lanes:
+            self._by_sample(left, right, result, K)
+        elif a.lanes:
+            self._flat(left, right, result, K, False)
+        else:
+            self._flat(right, left, result, K, True)
+        return result
+
+    def _shared(self, a: Value, b: Value, c: Value, K: int) -> None:
+        part = self._code.shared
+        index = self._code.open(part, c.sizes)
+        *lead, r, n = index
+        part.lines.append(f"{{ T sum = 0; for (long k = 0; k < {K}; k++)")
+        part.lines.append(f"sum += {a.at((*lead, r, 'k'))} * {b.at((*lead, 'k', n))};")
+        part.lines.append(f"{c.at(index)} = sum; }}")
+        self._code.close(part, c.sizes)
+
+    def _by_sample(self, a: Value, b: Value, c: Value, K: int) -> None:
+        part = self._code.block
+        *lead, R, N = c.sizes
+        index = self._code.open(part, lead)
+        (A, ar, ak), (B, bk, bn), (C, cr, cn) = (_matrix(v, index) for v in (a, b, c))
+        part.lines.append(
+            f"lane_product<U, {R}, {N}>({A}, {ar}, {ak}, {B}, {bn}, {bk}, {C}, {cr}, {cn}, {K});"
+        )
+        self._code.close(part, lead)
+
+    def _flat(self, a: Value, w: Value, c: Value, K: int, turned: bool) -> None:
+        """Of vectors a with w, or with ``turned`` of w with a."""
+        part = self._code.block
+        *lead, R, N = c.sizes
+        if turned:
+            R, N = N, R
+        assert a.strided is not None and w.strided is not None and c.strided is not None
+        many = [d for d, n in enumerate(lead) if n > 1 and w.strided.steps[d] != 0]
+        matrices = self._matrices(w, [lead[d] for d in many], many, K, N, turned)
+        # A leading axis along which w is the same gives rows as well as R does.
+        same = [d for d in range(len(lead)) if d not in many and lead[d] > 1]
+        rows = max(same, key=lead.__getitem__) if R == 1 and same else None
+        outer = [1 if d == rows else n for d, n in enumerate(lead)]
+        index = self._code.open(part, outer)
+        W = matrices(place([index[d] for d in many], [lead[d] for d in many]))
+        (A, *steps), (C, *own) = _matrix(a, index), _matrix(c, index)
+        ar, ak = steps[::-1] if turned else steps
+        cr, cn = own[::-1] if turned else own
+        if rows is not None:
+            R, ar, cr = lead[rows], a.strided.steps[rows], c.strided.steps[rows]
+        part.lines.append(f"flat_product<U, {N}>({A}, {ar}, {ak}, {W}, {C}, {cr}, {cn}, {R}, {K});")
+        self._code.close(part, outer)
+
+    def _matrices(
+        self, w: Value, sizes: list[int], many: list[int], K: int, N: int, turned: bool
+    ) -> Any:
+        """Pack the matrices [K, N] that w holds along the axes ``many``; gives where one of them
+        is."""
+        code, one = self._code, f"packed_size({K}, {N})"
+        key = (w.strided, K, N, turned, tuple(many))
+        if key not in self._packed:
+            name = self._packed[key] = code.name("w")
+            code.declare(f"T* const {name} = packed + ({code.panels});")
+            code.panels = f"{code.panels} + {math.prod(sizes)} * {one}"
+            chosen = code.open(code.shared, sizes)
+            index: list[Index] = [0] * (len(w.axes) - 2)
+            for d, i in zip(many, chosen, strict=True):
+                index[d] = i
+            entry = w.at((*index, *(("n", "k") if turned else ("k", "n"))))
+            code.shared.lines.append(
+                f"pack([&](long k, long n) -> T {{ return {entry}; }},"
+                f" {name} + ({place(chosen, sizes)}) * {one}, {K}, {N}, threads);"
+            )
+            code.close(code.shared, sizes)
+        name = self._packed[key]
+        return lambda chosen: f"{name} + ({chosen}) * {one}"
+
+
+def _matrix(value: Value, index: Indices) -> tuple[str, int, int]:
+    """Where the last two axes begin, and their steps."""
+    assert value.strided is not None
+    *_, row, column = value.strided.steps
+    return f"{value.strided.array} + ({value.strided.at((*index, 0, 0))}) * U", row, column
+
+
+def _aligned(value: Value, lead: tuple[Axis, ...]) -> Value:
+    """The value with all leading axes of a product: no steps along those that it has not."""
+    assert value.strided is not None
+    own = value.axes[:-2]
+    more = len(lead) - len(own)
+    steps = [0 if size(n) == 1 else s for n, s in zip(own, value.strided.steps[:-2], strict=True)]
+    strided = Strided(
+        value.strided.array, value.strided.offset, (*[0] * more, *steps, *value.strided.steps[-2:])
+    )
+
+    def at(index: Indices) -> str:
+        return value.at((*narrowed(index[:-2], own), *index[-2:]))
+
+    return Value((*lead, *value.axes[-2:]), at, value.lanes, strided)
