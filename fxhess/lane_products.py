@@ -64,7 +64,8 @@ class Products:
         index = self._code.open(part, lead)
         (A, ar, ak), (B, bk, bn), (C, cr, cn) = (_matrix(v, index) for v in (a, b, c))
         part.lines.append(
-            f"lane_product<U, {R}, {N}>({A}, {ar}, {ak}, {B}, {bn}, {bk}, {C}, {cr}, {cn}, {K});"
+            f"lane_product<U, {R} % ROWS, {N} % COLUMNS>({A}, {ar}, {ak}, {B}, {bn}, {bk},"
+            f" {C}, {cr}, {cn}, {R}, {N}, {K});"
         )
         self._code.close(part, lead)
 
@@ -88,7 +89,9 @@ class Products:
         cr, cn = own[::-1] if turned else own
         if rows is not None:
             R, ar, cr = lead[rows], a.strided.steps[rows], c.strided.steps[rows]
-        part.lines.append(f"flat_product<U, {N}>({A}, {ar}, {ak}, {W}, {C}, {cr}, {cn}, {R}, {K});")
+        part.lines.append(
+            f"flat_product<U, {N} % PANEL>({A}, {ar}, {ak}, {W}, {C}, {cr}, {cn}, {R}, {N}, {K});"
+        )
         self._code.close(part, outer)
 
     def _matrices(

@@ -25,6 +25,8 @@ constexpr int BYTES = 32, REGISTERS = 16;
 constexpr int BYTES = 16, REGISTERS = 16;
 #endif
 #define INLINE static inline __attribute__((always_inline))
+#define OUTLINE static __attribute__((noinline))
+#define UNROLL _Pragma("GCC unroll 32")  // what is added up stays in registers
 
 constexpr bool DOUBLE = std::is_same<T, double>::value;
 constexpr int W = BYTES / sizeof(T);
@@ -92,7 +94,7 @@ INLINE V abs_(V x) { return select(x < all(0), -x, select(x == all(0), all(0), x
 
 template <int n> INLINE V polynomial(const T (&c)[n], V x) {
   V y = all(c[0]);
-  for (int i = 1; i < n; i++) y = fma_(y, x, all(c[i]));
+  UNROLL for (int i = 1; i < n; i++) y = fma_(y, x, all(c[i]));
   return y;
 }
 
@@ -194,23 +196,23 @@ constexpr long DEEP = 256 * 4 / sizeof(T);  // terms of a sum that are added up 
 template <int U, int n>
 INLINE void panel(const V* a, long ak, const T* w, V* c, long cn, long K, bool more) {
   V sum[n][U];
-  for (int i = 0; i < n; i++)
-    for (int u = 0; u < U; u++) sum[i][u] = more ? c[i * cn * U + u] : all(0);
+  UNROLL for (int i = 0; i < n; i++)
+    UNROLL for (int u = 0; u < U; u++) sum[i][u] = more ? c[i * cn * U + u] : all(0);
   for (long k = 0; k < K; k++) {
     V x[U];
-    for (int u = 0; u < U; u++) x[u] = a[k * ak * U + u];
-    for (int i = 0; i < n; i++) {
+    UNROLL for (int u = 0; u < U; u++) x[u] = a[k * ak * U + u];
+    UNROLL for (int i = 0; i < n; i++) {
       V b = all(w[k * PANEL + i]);
-      for (int u = 0; u < U; u++) sum[i][u] = fma_(x[u], b, sum[i][u]);
+      UNROLL for (int u = 0; u < U; u++) sum[i][u] = fma_(x[u], b, sum[i][u]);
     }
   }
-  for (int i = 0; i < n; i++)
-    for (int u = 0; u < U; u++) c[i * cn * U + u] = sum[i][u];
+  UNROLL for (int i = 0; i < n; i++)
+    UNROLL for (int u = 0; u < U; u++) c[i * cn * U + u] = sum[i][u];
 }
 
 // All R rows times one panel of n columns, no more at once than there are registers for.
 template <int U, int n>
-static void panels(const V* a, long ar, long ak, const T* w, V* c, long cr, long cn, long R, long K,
+OUTLINE void panels(const V* a, long ar, long ak, const T* w, V* c, long cr, long cn, long R, long K,
                    bool more) {
   constexpr int most = PANEL / U;
   if constexpr (n > 0) {
@@ -221,18 +223,20 @@ static void panels(const V* a, long ar, long ak, const T* w, V* c, long cr, long
   }
 }
 
-// c[r][n] = sum_k a[r][k] w[k][n]: a and c of packs, w packed by pack().
-template <int U, int N>
-INLINE void flat_product(const V* a, long ar, long ak, const T* w, V* c, long cr, long cn, long R,
-                         long K) {
+// c[r][n] = sum_k a[r][k] w[k][n]: a and c of packs, w packed by pack(); `last` columns are left
+// after whole panels.
+template <int U, int last>
+OUTLINE void flat_product(const V* a, long ar, long ak, const T* w, V* c, long cr, long cn, long R,
+                          long N, long K) {
+  const long done = N - last;
   for (long k = 0; k < K; k += DEEP) {
     const long now = K - k < DEEP ? K - k : DEEP;
     const V* from = a + k * ak * U;
-    for (long n = 0; n + PANEL <= N; n += PANEL)
+    for (long n = 0; n < done; n += PANEL)
       panels<U, PANEL>(from, ar, ak, w + n * K + k * PANEL, c + n * cn * U, cr, cn, R, now, k > 0);
-    constexpr long done = N / PANEL * PANEL;
-    panels<U, N - done>(from, ar, ak, w + done * K + k * PANEL, c + done * cn * U, cr, cn, R, now,
-                        k > 0);
+    if constexpr (last > 0)
+      panels<U, last>(from, ar, ak, w + done * K + k * PANEL, c + done * cn * U, cr, cn, R, now,
+                      k > 0);
   }
 }
 
@@ -251,49 +255,49 @@ template <class F> INLINE void pack(F get, T* packed, long K, long N, int thread
 template <int U, int rows, int columns>
 INLINE void tile(const V* a, long ar, long ak, const V* b, long bn, long bk, V* c, long cr, long cn,
                  long K, bool more) {
-  for (int u = 0; u < U; u++) {
+  UNROLL for (int u = 0; u < U; u++) {
     V sum[rows][columns];
-    for (int r = 0; r < rows; r++)
-      for (int n = 0; n < columns; n++)
+    UNROLL for (int r = 0; r < rows; r++)
+      UNROLL for (int n = 0; n < columns; n++)
         sum[r][n] = more ? c[(r * cr + n * cn) * U + u] : all(0);
     for (long k = 0; k < K; k++) {
       V y[columns];
-      for (int n = 0; n < columns; n++) y[n] = b[(n * bn + k * bk) * U + u];
-      for (int r = 0; r < rows; r++) {
+      UNROLL for (int n = 0; n < columns; n++) y[n] = b[(n * bn + k * bk) * U + u];
+      UNROLL for (int r = 0; r < rows; r++) {
         V x = a[(r * ar + k * ak) * U + u];
-        for (int n = 0; n < columns; n++) sum[r][n] = fma_(x, y[n], sum[r][n]);
+        UNROLL for (int n = 0; n < columns; n++) sum[r][n] = fma_(x, y[n], sum[r][n]);
       }
     }
-    for (int r = 0; r < rows; r++)
-      for (int n = 0; n < columns; n++) c[(r * cr + n * cn) * U + u] = sum[r][n];
+    UNROLL for (int r = 0; r < rows; r++)
+      UNROLL for (int n = 0; n < columns; n++) c[(r * cr + n * cn) * U + u] = sum[r][n];
   }
 }
 
-template <int U, int R, int columns>
-static void tiles(const V* a, long ar, long ak, const V* b, long bn, long bk, V* c, long cr, long cn,
-                  long K, bool more) {
-  for (long r = 0; r + ROWS <= R; r += ROWS)
+template <int U, int last, int columns>
+INLINE void tiles(const V* a, long ar, long ak, const V* b, long bn, long bk, V* c, long cr, long cn,
+                  long R, long K, bool more) {
+  const long done = R - last;
+  for (long r = 0; r < done; r += ROWS)
     tile<U, ROWS, columns>(a + r * ar * U, ar, ak, b, bn, bk, c + r * cr * U, cr, cn, K, more);
-  constexpr long done = R / ROWS * ROWS;
-  if constexpr (R > done)
-    tile<U, R - done, columns>(a + done * ar * U, ar, ak, b, bn, bk, c + done * cr * U, cr, cn, K,
-                               more);
+  if constexpr (last > 0)
+    tile<U, last, columns>(a + done * ar * U, ar, ak, b, bn, bk, c + done * cr * U, cr, cn, K, more);
 }
 
-// What is read over and over, R rows of a few terms, stays in the outer cache of the core.
-template <int U, int R, int N>
-INLINE void lane_product(const V* a, long ar, long ak, const V* b, long bn, long bk, V* c, long cr,
-                         long cn, long K) {
-  constexpr long room = 128 * 1024 / (R * U * BYTES), deep = room < 16 ? 16 : room;
+// What is read over and over, R rows of a few terms, stays in the outer cache of the core;
+// `last_r` rows and `last_n` columns are left after whole tiles.
+template <int U, int last_r, int last_n>
+OUTLINE void lane_product(const V* a, long ar, long ak, const V* b, long bn, long bk, V* c, long cr,
+                          long cn, long R, long N, long K) {
+  const long fits = 128 * 1024 / (R * U * BYTES), deep = fits < 16 ? 16 : fits, done = N - last_n;
   for (long k = 0; k < K; k += deep) {
     const long now = K - k < deep ? K - k : deep;
     const V *x = a + k * ak * U, *y = b + k * bk * U;
-    for (long n = 0; n + COLUMNS <= N; n += COLUMNS)
-      tiles<U, R, COLUMNS>(x, ar, ak, y + n * bn * U, bn, bk, c + n * cn * U, cr, cn, now, k > 0);
-    constexpr long done = N / COLUMNS * COLUMNS;
-    if constexpr (N > done)
-      tiles<U, R, N - done>(x, ar, ak, y + done * bn * U, bn, bk, c + done * cn * U, cr, cn, now,
-                            k > 0);
+    for (long n = 0; n < done; n += COLUMNS)
+      tiles<U, last_r, COLUMNS>(x, ar, ak, y + n * bn * U, bn, bk, c + n * cn * U, cr, cn, R, now,
+                                k > 0);
+    if constexpr (last_n > 0)
+      tiles<U, last_r, last_n>(x, ar, ak, y + done * bn * U, bn, bk, c + done * cn * U, cr, cn, R,
+                               now, k > 0);
   }
 }
 
@@ -310,13 +314,13 @@ template <int U> static void load(const T* x, long n, long first, long samples, 
 
 // The transpose of W vectors, by halves: a[i][j] and a[j][i] for the blocks of 1, 2, 4.. entries.
 INLINE void transpose(V (&a)[W]) {
-  for (int h = 1; h < W; h *= 2) {
+  UNROLL for (int h = 1; h < W; h *= 2) {
     I low, high;
-    for (int l = 0; l < W; l++) {
+    UNROLL for (int l = 0; l < W; l++) {
       low[l] = l & h ? W + (l - h) : l;
       high[l] = l & h ? W + l : l + h;
     }
-    for (int i = 0; i < W; i++)
+    UNROLL for (int i = 0; i < W; i++)
       if (!(i & h)) {
         V x = a[i], y = a[i + h];
         a[i] = __builtin_shuffle(x, y, low);
