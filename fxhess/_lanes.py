@@ -20,6 +20,7 @@ from torch import fx
 
 from fxhess.lane_operations import OPERATIONS
 from fxhess.lane_values import NoLanesError
+from fxhess.lane_views import VIEWS
 from fxhess.lanes import Lanes
 
 _log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def compiled(
     if batch_ndim != 1 or dtype not in (torch.float32, torch.float64):
         return None
     try:
-        lanes = Lanes(graph, inputs, written, OPERATIONS)
+        lanes = Lanes(graph, inputs, written, OPERATIONS, VIEWS)
     except NoLanesError as error:
         _log.info("no form of one sample a lane: %s", error)
         return None

@@ -100,7 +100,10 @@ class Products:
         """Pack the matrices [K, N] that w holds along the axes ``many``; gives where one of them
         is."""
         code, one = self._code, f"packed_size({K}, {N})"
-        key = (w.strided, K, N, turned, tuple(many))
+        at = w.strided
+        assert at is not None
+        steps = tuple(at.steps[d] for d in (*many, -2, -1))
+        key = (at.array, at.offset, steps, tuple(sizes), K, N, turned)
         if key not in self._packed:
             name = self._packed[key] = code.name("w")
             code.declare(f"T* const {name} = packed + ({code.panels});")

@@ -261,6 +261,7 @@ def numbers(values: Any) -> list[Any]:
 VIEWS: dict[str, Callable[..., Value]] = {
     "alias": _same,
     "detach": _same,
+    "lift_fresh_copy": _same,
     "contiguous": _same,
     "clone": _same,
     "to": _converted,

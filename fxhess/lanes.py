@@ -20,7 +20,7 @@ no such form (:class:`NoLanesError`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ from fxhess.lane_values import (
 __all__ = ["Lanes", "Operation"]
 
 _ROW = 512  # entries of a result that are made before they are stored
+_LONG = 4000  # lines
 _SMALL = 300_000  # operations of a call that one thread does faster alone
 _TYPES = {torch.int64: "int64_t", torch.int32: "int32_t", torch.bool: "bool"}
 _KINDS = {torch.float32: "float", torch.float64: "double"}
@@ -64,7 +65,8 @@ class Lanes:
 
     ``inputs``: tensors like those that it will take: x first, whose first axis is the batch, and
     last the ``written`` that it writes its results into.  Without these, it takes as many fresh
-    tensors as it has ``results`` (their axes, the batch apart) after its inputs.
+    tensors as it has ``results`` (their axes, the batch apart) after its inputs.  ``operations``:
+    what each does, by name; those that are ``moving`` compute nothing, and take indices as well.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Lanes:
         inputs: Sequence[torch.Tensor],
         written: int,
         operations: Mapping[str, Operation],
+        moving: Container[str] = (),
     ) -> None:
         self.dtype = inputs[0].dtype
         self.code = Code()
@@ -80,6 +83,7 @@ class Lanes:
         self.results: list[tuple[int, ...]] = []
         self.work = sum(map(flops, graph.nodes)) // NOMINAL
         self._operations = operations
+        self._moving = moving
         self._products = Products(self.code)
         self._values: dict[fx.Node, Any] = {}
         self._inputs = len(inputs)
@@ -100,6 +104,8 @@ class Lanes:
                 for value in _several(node.args[0]):
                     self._result(self._values[value], self._inputs + len(self.results))
             self._release(node)
+            if len(self.code.block.lines) > _LONG:
+                raise NoLanesError("too long for a compiler")
 
     # --- inputs ---------------------------------------------------------------------------------
 
@@ -146,14 +152,16 @@ class Lanes:
             target, source = node.args
             self._result(self._values[source], self._number_of(target))  # type: ignore[index]
             return
-        if name not in self._operations:
-            raise NoLanesError(name)
         stand_in = node.meta.get(VAL)
-        if isinstance(stand_in, torch.Tensor) and stand_in.dtype not in (self.dtype, torch.bool):
-            raise NoLanesError(f"{name}: a value of {stand_in.dtype}")
         known = self._values.__getitem__
         args: Any = fx.node.map_arg(node.args, known)
         kwargs: Any = fx.node.map_arg({k: v for k, v in node.kwargs.items() if k != "out"}, known)
+        if not isinstance(stand_in, torch.Tensor):  # sizes
+            self._keep(node, node.target(*args, **kwargs))  # type: ignore[operator]
+            return
+        computed = stand_in.dtype in (self.dtype, torch.bool) or name in self._moving
+        if name not in self._operations or not computed:
+            raise NoLanesError(f"{name}, {stand_in.dtype}")
         value = self._operations[name](self, *args, **kwargs)
         if not value.fits(stand_in):
             raise NoLanesError(f"{name}: other axes")
