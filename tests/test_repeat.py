@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxhess
-from fxhess import _direct, execute, oracle
+from fxhess import _direct, _lanes, execute, oracle
 
 
 def _net(grad=False, dtype=torch.float64):
@@ -193,6 +193,7 @@ def test_compiled_without_torch_compile(work, monkeypatch):
         monkeypatch.setattr(execute, "_WORTHWHILE", 0)
         monkeypatch.setitem(execute.cost.TILE_BYTES, "cpu", 1500)
     fxhess.cache_clear()
+    monkeypatch.setattr(_lanes, "compiled", lambda *_: None)  # the other way, tests/test_lanes.py
     compilations = []
     compiled = _direct._compiled
     monkeypatch.setattr(
@@ -222,6 +223,7 @@ def test_what_cannot_be_compiled_directly_takes_the_public_way(monkeypatch):
         raise RuntimeError("no such internals")
 
     monkeypatch.setattr(_direct, "_compiled", fails)
+    monkeypatch.setattr(_lanes, "compiled", fails)
     taken = []
     public = fxhess.pipeline.compiled
     monkeypatch.setattr(

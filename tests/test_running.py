@@ -12,7 +12,7 @@ from reference import assert_close, mlp, randn
 from torch import nn
 
 import fxhess
-from fxhess import _direct, execute, oracle
+from fxhess import _direct, _lanes, execute, oracle
 from fxhess.errors import InputError
 
 
@@ -50,6 +50,7 @@ def test_one_compilation_serves_all_batch_sizes(work, counter, monkeypatch):
     if work == "large":
         monkeypatch.setattr(execute, "_WORTHWHILE", 0)
     monkeypatch.setattr(_direct, "_compiled", lambda *_: None)  # the public way
+    monkeypatch.setattr(_lanes, "compiled", lambda *_: None)
     model = frozen(5, 9, 1)
     hess = fxhess.transform(model, compile=True)
     for n in (3, 7, 4, 12):
@@ -62,6 +63,7 @@ def test_one_compilation_serves_all_batch_sizes(work, counter, monkeypatch):
 
 def test_tiles_and_their_remainder_share_a_compilation(counter, monkeypatch):
     monkeypatch.setattr(_direct, "_compiled", lambda *_: None)  # the public way
+    monkeypatch.setattr(_lanes, "compiled", lambda *_: None)
     model = frozen(6, 40, 40, 1)
     hess = fxhess.transform(model, compile=True, max_memory=12_000_000)
     monkeypatch.setitem(execute.cost.TILE_BYTES, "cpu", 100_000)
