@@ -127,7 +127,7 @@ class Disk:
 
     def _read(self, path: Path, key: str) -> str | None:
         try:
-            head, _, content = path.read_bytes().partition(b"\n")
+            head, _, content = store.content(path).partition(b"\n")
         except FileNotFoundError:
             return None
         except OSError as error:
