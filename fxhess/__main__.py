@@ -5,6 +5,7 @@ does not exist or does not fit; 3, fxhess refused, or the model raised an error;
 """
 
 import argparse
+import io
 import os
 import sys
 import traceback
@@ -68,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns the exit status; see the module's docstring (argparse itself exits with 2).
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show is no error
+            stream.reconfigure(errors="replace")
     parser, own = parsers()
     arguments = parser.parse_args(argv)
     try:

@@ -87,7 +87,7 @@ def _transformed(arguments: argparse.Namespace, model: Any, outputs: Any) -> Hes
 
 def print_json(document: Mapping[str, Any]) -> None:
     """One JSON document on standard output; numbers that JSON has not become null."""
-    print(json.dumps(_plain(document), indent=1, ensure_ascii=False))
+    print(json.dumps(_plain(document), indent=1))  # ASCII, whatever the locale
 
 
 def _plain(value: Any) -> Any:

@@ -25,10 +25,11 @@ def folder() -> Path | None:
     if os.environ.get("FXHESS_CACHE") == "0":
         return None
     named = os.path.expanduser(os.environ.get("FXHESS_CACHE_DIR", ""))
-    path = Path(named or platformdirs.user_cache_path("fxhess"))
-    if path.parts[:1] == ("~",) or not (named or path.is_absolute()):
+    try:
+        path = Path(named or platformdirs.user_cache_path("fxhess"))
+    except RuntimeError:  # later versions say so themselves
         return None
-    return checked(path)
+    return None if str(path).startswith("~") else checked(path)
 
 
 def checked(path: Path) -> Path | None:

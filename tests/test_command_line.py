@@ -357,6 +357,13 @@ def test_as_a_process(folder):
         cwd=folder, env=environment, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.stdout == "hessian at x: 4×5\n" and "Traceback" not in done.stderr, done.stderr
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for last in ("--all", "--json"):
+        done = subprocess.run(
+            [sys.executable, "-m", "fxhess", "explain", "cli_models:net", "--shape", "4,5", last],
+            cwd=folder, env={**environment, **locale}, capture_output=True, timeout=120, check=True,
+        )  # fmt: skip
+        assert done.stdout.isascii() and (last == "--all" or json.loads(done.stdout))
     code = "import sys, fxhess; print('rich' in sys.modules, 'argparse' in vars(fxhess))"
     done = subprocess.run(
         [sys.executable, "-c", code],

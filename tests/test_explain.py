@@ -19,10 +19,7 @@ from torch import nn
 
 import fxhess
 from fxhess.layered import draw
-from fxhess.listing import plain_table
 from fxhess.page import page, sections
-from fxhess.picture import Card, svg
-from fxhess.steps import Tangent
 
 
 @pytest.fixture(autouse=True)
@@ -305,51 +302,6 @@ def test_drawings_do_not_overlap_and_run_downwards(graph):
                     inside = box[0] < x0 < box[2] and y0 < box[3] - 1e-6 and box[1] + 1e-6 < y1
                     assert k in (i, j) or not inside
     assert draw(sizes, edges) == plan
-
-
-@pytest.mark.parametrize("width", [60, 80, 120, 200])
-def test_tables_keep_within_a_terminal(width, monkeypatch):
-    e = explained(Encoder(1), torch.randn(2, 6, 8), event_ndim=2)
-    whole = str(e)  # standard output is none here
-    assert max(map(len, whole.splitlines())) > 120 and __file__ in whole
-    monkeypatch.setattr("fxhess.explain.terminal_width", lambda: width)
-    told = str(e)
-    tables = [line for line in told.splitlines() if line.startswith("  ")]
-    assert tables and max(map(len, tables)) <= width
-    assert told.isascii() and "test_explain.py" in told
-    assert len(tables) == len([line for line in whole.splitlines() if line.startswith("  ")])
-
-
-def test_equal_terms_are_told_once():
-    rows = explained(Encoder(1), torch.randn(2, 6, 8), event_ndim=2).rows
-    told = str(explained(Encoder(1), torch.randn(2, 6, 8), event_ndim=2))
-    (terms,) = re.findall(r"terms of H = .*?\n\n", told, re.S)
-    counts = [int(n) for n in re.findall(r" x(\d+) ", terms)]
-    assert len(terms.splitlines()) - 4 + sum(counts) - len(counts) == len(rows) and counts
-
-
-@pytest.mark.parametrize(("text", "width", "want"), [
-    ("abcdefgh", 8, "abcdefgh"), ("abcdefgh", 7, "abc..gh"), ("abcdefgh", 6, "ab..gh"),
-])  # fmt: skip
-def test_the_middle_of_a_cell_goes(text, width, want):
-    head, rule, line = plain_table(("a",), [(text,)], width + 2)
-    assert line == f"  {want}" and rule == f"  {'-' * len(want)}" and head == "  a"
-
-
-@pytest.mark.parametrize("tangent", [None, Tangent(0, "dense", False, 0, 0)], ids=str)
-@pytest.mark.parametrize("cost", ["", "1.08 ms", "123.4 ms"])
-@pytest.mark.parametrize("counts", [{"pull": 1}, {"close": 3, "rebase": 3},
-                                    {"close": 12, "pull": 24, "rebase": 36}], ids=str)  # fmt: skip
-def test_how_terms_end_leaves_room_for_the_time(tangent, cost, counts):
-    card = Card("native_layer_norm", cost=cost, endings=counts, tangent=tangent)
-    drawn = svg([card], [], "one")
-    chips = re.findall(r'class="fx-chip fx-(\w+)" x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', drawn)
-    assert [how for how, _, _ in chips] == list(counts)
-    for (_, x, wide), (_, after, _) in pairwise(chips):
-        assert float(x) + float(wide) < float(after)
-    _, x, wide = chips[-1]
-    assert float(x) + float(wide) <= 254 - 6 * len(cost)
-    assert all(f"×{n}<" in drawn for n in counts.values() if n > 1)
 
 
 # --- in a browser ---------------------------------------------------------------------------------
