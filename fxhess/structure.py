@@ -269,11 +269,11 @@ class Algebra:
         return s, self.arrived(s, places, shift)
 
     def unify(self, items: Sequence[Structured]) -> list[Structured]:
-        """The same ties on all: those that all have in common.  Operands of a function may have
-        more axes than others: a matrix and a vector."""
-        most = max(len(s.ties) for s in items)
-        padded = [(*s.ties, *[None] * (most - len(s.ties))) for s in items]
-        common = [ties[0] if len(set(ties)) == 1 else None for ties in zip(*padded, strict=True)]
+        """The same ties on all: those that all have in common."""
+        common = [
+            first if all(s.ties[e] == first for s in items) else None
+            for e, first in enumerate(items[0].ties)
+        ]
         apart = [
             self.untie(s, [e for e, k in enumerate(s.ties) if k is not None and common[e] is None])
             for s in items
@@ -312,14 +312,15 @@ class Algebra:
         """Cores of one common size on every axis but the event axes ``own`` of each, for
         operations that do not broadcast (concatenation)."""
         cores = [self.tensor(s) for s in items]
+        rank = cores[0].ndim
         offset = len(items[0].free)
         result = []
         for s, core, mine in zip(items, cores, own, strict=True):
-            sizes: list[Any] = [-1] * core.ndim
-            for axis in range(core.ndim):
+            sizes: list[Any] = [-1] * rank
+            for axis in range(rank):
                 if axis - offset - self.nb in mine:
                     continue
-                full = max(c.val.shape[axis] for c in cores if axis < c.ndim)
+                full = max(c.val.shape[axis] for c in cores)
                 if core.val.shape[axis] != full:
                     batch = offset <= axis < offset + self.nb
                     sizes[axis] = self.batch_size(axis - offset) if batch else int(full)

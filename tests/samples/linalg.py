@@ -21,13 +21,8 @@ def _normal(x):
     return torch.cat([solution, (x @ solution - RIGHT).square().sum(0, keepdim=True)])
 
 
-def _solved(x):
-    return torch.linalg.solve(x @ x.mT + torch.eye(3, dtype=x.dtype), x[..., 0])
-
-
 SAMPLES = [
     Sample("lstsq", _least_squares, (3, 1), batch=None, reference=_normal, tolerance=1e-8),
-    Sample("solve, a vector each", _solved, (3, 3)),
     Sample("eigvalsh", torch.linalg.eigvalsh, (3, 3)),
     *(Sample(f"det, {n} by {n}", torch.linalg.det, (n, n)) for n in (1, 2, 3, 4)),
 ]
