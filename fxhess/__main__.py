@@ -1,12 +1,14 @@
 """The command line: ``fxhess COMMAND`` and ``python -m fxhess COMMAND``.
 
 Exit status: 0, all went well; 1, a check failed (a wrong value, too slow); 2, what was asked for
-does not exist or does not fit; 3, fxhess or the model refused; 130, interrupted.
+does not exist or does not fit; 3, fxhess refused, or the model raised an error; 130, interrupted.
 """
 
 import argparse
+import io
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -18,7 +20,7 @@ __all__ = ["main"]
 
 _STATUS = """
 exit status: 0 all went well; 1 a check failed (a wrong value, too slow); 2 what was asked for does
-not exist or does not fit; 3 fxhess or the model refused; 130 interrupted.
+not exist or does not fit; 3 fxhess refused, or the model raised an error; 130 interrupted.
 """
 
 
@@ -67,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns the exit status; see the module's docstring (argparse itself exits with 2).
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show is no error
+            stream.reconfigure(errors="replace")
     parser, own = parsers()
     arguments = parser.parse_args(argv)
     try:
@@ -81,6 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:  # of the model's own code: where, and no status of a failed check
+        traceback.print_exc()
+        return _tell(arguments.command, f"{type(error).__name__}: {error}", cli.REFUSED)
 
 
 def _tell(command: str, message: str, status: int) -> int:

@@ -82,8 +82,8 @@ class Captured:
 
 
 class _Watch(TorchFunctionMode):
-    """What the model computes under ``torch.no_grad`` is a constant of the derivative; and every
-    node is marked with the line of the user's that wrote it."""
+    """What autograd would not record of the model is a constant of the derivative; and every node
+    is marked with the line of the user's that wrote it."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any | None = None
@@ -97,7 +97,8 @@ class _Watch(TorchFunctionMode):
             result = registry.substituted(func)(*args, **(kwargs or {}))
         if _torch.newest_node() is not before:
             _mark(before, _LINE, calling_line())
-        if torch.is_grad_enabled() or any(result is a for a in args):
+        graph = func is not torch.autograd.grad or (kwargs or {}).get("create_graph")
+        if (graph and torch.is_grad_enabled()) or any(result is a for a in args):
             return result
         with torch._C.DisableTorchFunctionSubclass():
             return tree_map_only(

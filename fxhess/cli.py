@@ -87,7 +87,7 @@ def _transformed(arguments: argparse.Namespace, model: Any, outputs: Any) -> Hes
 
 def print_json(document: Mapping[str, Any]) -> None:
     """One JSON document on standard output; numbers that JSON has not become null."""
-    print(json.dumps(_plain(document), indent=1, ensure_ascii=False))
+    print(json.dumps(_plain(document), indent=1))  # ASCII, whatever the locale
 
 
 def _plain(value: Any) -> Any:
@@ -100,6 +100,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def _wrong(arguments: argparse.Namespace, error: VerificationError) -> int:
+    if arguments.json:
+        print_json({"passed": False, "message": str(error)})
+    else:
+        terminal.console().print(Text(str(error), "red"))
+    return WRONG
 
 
 # --- explain --------------------------------------------------------------------------------------
@@ -153,11 +161,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
     try:
         found = _transformed(arguments, model, "hessian").verify(x, samples=arguments.samples)
     except VerificationError as error:
-        if arguments.json:
-            print_json({"passed": False, "message": str(error)})
-        else:
-            terminal.console().print(Text(str(error), "red"))
-        return WRONG
+        return _wrong(arguments, error)
     if arguments.json:
         print_json({"passed": True, **_plain(found)})
     else:
@@ -183,8 +187,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
     try:
         found = compare(model, x, arguments.event_ndim, arguments.seconds, **_options(arguments))
     except VerificationError as error:
-        terminal.console().print(Text(str(error), "red"))
-        return WRONG
+        return _wrong(arguments, error)
     least = arguments.at_least
     enough = least is None or (found.speedup is not None and found.speedup >= least)
     if arguments.json:

@@ -52,6 +52,7 @@ class Disk:
     def __init__(self) -> None:
         self._hits = self._misses = 0
         self._problem = ""
+        self._patience = _PATIENCE
 
     @property
     def enabled(self) -> bool:
@@ -90,11 +91,14 @@ class Disk:
         try:
             folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.mkdir(mode=0o700, exist_ok=True)
-            with making, filelock.FileLock(folder / ".lock", timeout=_PATIENCE, mode=0o600):
+            with making, filelock.FileLock(folder / ".lock", timeout=self._patience, mode=0o600):
                 _write(folder / key, json.dumps(head).encode() + b"\n" + content)
                 _make_room(folder, limit)
+            self._patience = _PATIENCE
         except (OSError, NotImplementedError) as error:  # a timeout, or a disk without locks, too
             self._problem = f"{type(error).__name__}: {error}"
+            if isinstance(error, filelock.Timeout):
+                self._patience = 0.0  # who holds it that long may hold it for ever: asked once
             return False
         return True
 
@@ -127,7 +131,7 @@ class Disk:
 
     def _read(self, path: Path, key: str) -> str | None:
         try:
-            head, _, content = path.read_bytes().partition(b"\n")
+            head, _, content = store.content(path).partition(b"\n")
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -195,7 +199,10 @@ def _status(path: Path) -> os.stat_result:
 
 def _remove(path: Path) -> None:
     with contextlib.suppress(OSError):
-        path.unlink()
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()  # one with something in it is nobody's entry
+        else:
+            path.unlink()
 
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
@@ -18,6 +19,7 @@ from fxhess.clock import median_seconds, synchronize
 from fxhess.emit import ORIGIN, ROLE, VAL, VARIES, Emitter, Var
 from fxhess.errors import InputError
 from fxhess.execute import PLAIN, Running
+from fxhess.listing import plain_table, terminal_width
 from fxhess.page import fragment, page
 from fxhess.rates import Rates, rates_for
 from fxhess.steps import Step
@@ -187,15 +189,22 @@ class Explanation:
         ]
         if self.rows:
             lines += ["terms of H = sum J^T C J:"]
-            lines += _table(
+            equal = ((row, len([*group])) for row, group in itertools.groupby(self.rows))
+            lines += plain_table(
                 ("curved op", "module", "ends", "at base", "structure", "line"),
-                [(r.op, r.module, r.ending, r.base, r.structure, r.line) for r in self.rows],
-            )
+                [
+                    (r.op, r.module, f"{r.ending} x{n}" if n > 1 else r.ending, r.base, r.structure,
+                     r.line)
+                    for r, n in equal
+                ],
+                terminal_width(),
+            )  # fmt: skip
         if self.contractions:
             lines += ["", "matrix products, in order:"]
-            lines += _table(
+            lines += plain_table(
                 ("name", "for", "shapes", "FLOP"),
                 [(n, role, shapes, si(f)) for n, role, shapes, f in self.contractions],
+                terminal_width(),
             )
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
@@ -325,12 +334,3 @@ def _room(device: torch.device) -> float:
 
 def _bytes(value: torch.Tensor) -> int:
     return value.numel() * value.element_size()
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
-    rendered = [
-        "  " + "  ".join(str(c).ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
-        for row in [header, *rows]
-    ]
-    return [rendered[0], "  " + "  ".join("-" * w for w in widths), *rendered[1:]]

@@ -106,9 +106,10 @@ class Form:
             p.expand(*batch, *shape) if p.shape == shape else p
             for p, shape in zip(_leaves(self.result, vector, "vector"), shapes, strict=True)
         ]
-        leads = {tuple(p.shape[: p.ndim - len(s)]) for p, s in zip(parts, shapes, strict=True)}
+        # Compared one by one: while PyTorch exports, sizes of the batch have no hash.
+        leads = [tuple(p.shape[: p.ndim - len(s)]) for p, s in zip(parts, shapes, strict=True)]
         fits = all(p.shape[p.ndim - len(s) :] == s for p, s in zip(parts, shapes, strict=True))
-        if len(leads) > 1 or not fits:
+        if not fits or any(lead != leads[0] for lead in leads):
             listed = ", ".join(str(list(p.shape)) for p in parts)
             raise InputError(
                 f"vectors of the shapes {listed} do not fit inputs of {list(map(list, shapes))}",

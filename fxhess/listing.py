@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -76,4 +79,49 @@ def _row(o: Operation) -> tuple[str, ...]:
     )
 
 
-__all__ = ["Listing", "costliest", "listings", "time_of"]
+# --- as plain text --------------------------------------------------------------------------------
+
+_LEAST = 6  # characters of a column that are left in any case
+_FOLDER = re.compile(r"^.*[/\\](?=[^/\\:]+:\d+: )")  # of a line of the user's
+
+
+def terminal_width() -> int | None:
+    """Characters of a line where standard output is a terminal; None elsewhere."""
+    out = sys.stdout
+    if out is None or out.closed or not out.isatty():
+        return None
+    return shutil.get_terminal_size().columns
+
+
+def plain_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None
+) -> list[str]:
+    """The lines of a table.  Where these would be longer than ``width``, folders of files go first,
+    then the middle of what stands in the widest columns."""
+    table = [list(map(str, row)) for row in (header, *rows)]
+    widths = _widths(table)
+    room = None if width is None else width - 2 * len(header)
+    if room is not None and sum(widths) > room:
+        table = [[_FOLDER.sub("", cell) for cell in row] for row in table]
+        widths = _widths(table)
+        while sum(widths) > room and max(widths) > _LEAST:
+            widths[widths.index(max(widths))] -= 1
+    lines = [
+        "  " + "  ".join(_cut(c, w).ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]
+    return [lines[0], "  " + "  ".join("-" * w for w in widths), *lines[1:]]
+
+
+def _widths(table: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*table, strict=True)]
+
+
+def _cut(text: str, width: int) -> str:
+    if len(text) <= width:
+        return text
+    left = (width - 2) // 2  # two dots, so that any terminal can show it
+    return f"{text[: width - 2 - left]}..{text[len(text) - left :]}"
+
+
+__all__ = ["Listing", "costliest", "listings", "plain_table", "terminal_width", "time_of"]

@@ -290,9 +290,9 @@ class _Facts:
         time = sum(map(time_of, section.operations))
         terms = sum(len(o.step.endings) for o in section.operations)
         lost = sum(bool(o.step.lost) for o in section.operations)
-        share = f" ({time / self.total:.0%})" if self.total else ""
-        told = [_count(len(section.operations), "operation"), _count(terms, "term"), duration(time)]
-        told[-1] += share
+        told = [_count(len(section.operations), "operation"), _count(terms, "term")]
+        if time:
+            told.append(f"{duration(time)} ({time / self.total:.0%})")
         warning = f'<span class="fx-warn">structure lost at {lost}</span>' if lost else ""
         return (
             f'<details class="fx-section"><summary id="part-{k}"><b>{escape(section.name)}</b>'

@@ -41,6 +41,8 @@ ENDINGS = {
     "rebase": ("◆", "the Hessian at this value, finished with its tangents"),
 }
 _WIDTH, _HEIGHT, _SLIM = 264.0, 66.0, 28.0
+_SHRINKS = 0.7  # to fit its place; what is still too wide scrolls
+_GAP = 4.0  # between chips
 _MINOR = 0.04  # the share of all time below which an operation that only passes on is drawn slim
 
 
@@ -74,7 +76,8 @@ def svg(cards: Sequence[Card], edges: Sequence[tuple[int, int, str]], label: str
     width, height = plan.width + 2 * margin, plan.height + 2 * margin
     parts = [
         f'<svg class="fx-graph" role="img" aria-label="{escape(label)}" width="{width:.0f}"'
-        f' height="{height:.0f}" viewBox="{-margin:.0f} {-margin:.0f} {width:.0f} {height:.0f}">'
+        f' height="{height:.0f}" viewBox="{-margin:.0f} {-margin:.0f} {width:.0f} {height:.0f}"'
+        f' style="min-width:{_SHRINKS * width:.0f}px">'
     ]
     for (_, _, structure), route in zip(edges, plan.routes, strict=True):
         parts.append(f'<path class="fx-edge fx-{structure or "none"}" d="{_curve(route)}"/>')
@@ -135,16 +138,7 @@ def _full(card: Card, height: float) -> list[str]:
     parts.append(_text("fx-name", left, 21, _short(card.title, room)))
     parts.append(_text("fx-small fx-end", _WIDTH - 10, 21, card.corner))
     parts.append(_text("fx-small", left, 37, _short(card.module, int((_WIDTH - left) / 6.2), True)))
-    x = left
-    for how, count in card.endings.items():
-        sign, _ = ENDINGS[how]
-        label = f"{sign} {how}" + (f" ×{count}" if count > 1 else "")
-        wide = 6.0 * len(label) + 9
-        parts.append(
-            f'<rect class="fx-chip fx-{how}" x="{x:.1f}" y="43.5" width="{wide:.1f}" height="15"'
-            f' rx="7.5"/>' + _text(f"fx-chiptext fx-{how}", x + wide / 2, 54.6, label)
-        )
-        x += wide + 4
+    parts += _chips(card.endings, left, _WIDTH - 16 - 6.6 * len(card.cost))
     parts.append(_text("fx-small fx-end", _WIDTH - 10, 54.5, card.cost))
     predicted, measured = card.shares
     full = _WIDTH - 16
@@ -165,6 +159,28 @@ def _full(card: Card, height: float) -> list[str]:
             + _text("", 54, 2.6, "structure lost") + "</g>"
         )  # fmt: skip
     return parts
+
+
+def _chips(endings: Mapping[str, int], x: float, right: float) -> list[str]:
+    """How terms end, between two edges: in words, or by signs where these do not fit."""
+    signs = {how: ENDINGS[how][0] for how in endings}
+    counts = {how: f" ×{count}" if count > 1 else "" for how, count in endings.items()}
+    labels = {how: f"{signs[how]} {how}{counts[how]}" for how in endings}
+    if x + sum(_chip_width(label) + _GAP for label in labels.values()) > right:
+        labels = {how: f"{signs[how]}{counts[how]}" for how in endings}
+    parts = []
+    for how, label in labels.items():
+        wide = _chip_width(label)
+        parts.append(
+            f'<rect class="fx-chip fx-{how}" x="{x:.1f}" y="43.5" width="{wide:.1f}" height="15"'
+            f' rx="7.5"/>' + _text(f"fx-chiptext fx-{how}", x + wide / 2, 54.6, label)
+        )
+        x += wide + _GAP
+    return parts
+
+
+def _chip_width(label: str) -> float:
+    return 6.0 * len(label) + 9
 
 
 def _text(names: str, x: float, y: float, text: str) -> str:

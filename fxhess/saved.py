@@ -22,6 +22,8 @@ from fxhess.module import HessianModule, result_type
 from fxhess.outputs import NAMES
 
 _CHECKED = "_assert_tensor_metadata"  # of the export's own; inputs are checked by us
+# What it writes behind tensors that a model makes itself: the same tensor.
+_SAME = frozenset({torch.ops.aten.detach_.default, torch.ops.aten.lift_fresh_copy.default})
 
 
 def save(
@@ -32,8 +34,9 @@ def save(
     metric: Any = None,
     **kwargs: Any,
 ) -> None:
-    """Write a module of derivatives, for calls like this one of any batch size, to a file that
-    :func:`load` reads without the model's source: its program, and its weights as they are now.
+    """Write a module of derivatives, for calls like this one of any batch size (with ``reduce``:
+    of this one), to a file that :func:`load` reads without the model's source: its program, and its
+    weights as they are now.
 
     Args:
         hess: what :func:`fxhess.transform` returned.
@@ -348,6 +351,9 @@ def _plain(
     copies: dict[fx.Node, fx.Node] = {}
     for node in program.graph.nodes:
         if _CHECKED in str(node.target):
+            continue
+        if node.target in _SAME:
+            copies[node] = copies[node.args[0]]
             continue
         copies[node] = copy = graph.node_copy(node, copies.__getitem__)
         copy.meta.clear()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import stat
@@ -19,12 +20,16 @@ import platformdirs
 
 def folder() -> Path | None:
     """The folder (which need not exist yet), or None where nothing is to be kept: it was turned
-    off, or others could write into it (with a warning)."""
+    off, others could write into it (with a warning), or the user has none: without HOME, a user
+    whom the system does not know would get a folder of the name ``~`` where it stands."""
     if os.environ.get("FXHESS_CACHE") == "0":
         return None
-    return checked(
-        Path(os.environ.get("FXHESS_CACHE_DIR") or platformdirs.user_cache_path("fxhess"))
-    )
+    named = os.path.expanduser(os.environ.get("FXHESS_CACHE_DIR", ""))
+    try:
+        path = Path(named or platformdirs.user_cache_path("fxhess"))
+    except RuntimeError:  # later versions say so themselves
+        return None
+    return None if str(path).startswith("~") else checked(path)
 
 
 def checked(path: Path) -> Path | None:
@@ -56,13 +61,29 @@ def _problem(found: os.stat_result) -> str | None:
     return None
 
 
+def content(path: Path) -> bytes:
+    """The bytes of a file; of a plain one, since a pipe would be waited for.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "it is no plain file", str(path))
+        with open(handle, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(handle)
+
+
 def read(name: str) -> Any:
     """What a file holds; None where there is none or it is not JSON."""
     path = folder()
     if path is None:
         return None
     try:
-        return json.loads((path / name).read_text(encoding="utf-8"))
+        return json.loads(content(path / name))
     except (OSError, ValueError):
         return None
 

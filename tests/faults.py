@@ -11,6 +11,7 @@ from pathlib import Path
 
 FILES = (
     "test_faults.py",
+    "test_folder.py",
     "test_load.py",
     "test_interrupts.py",
     "test_disk.py",

@@ -219,6 +219,9 @@ def test_verify_of_a_wrong_hessian_fails(capsys, rule_table, folder):
     assert run("verify", "cli_wrong:model", "--shape", "4,5", "--json") == 1
     assert json.loads(capsys.readouterr().out)["passed"] is False
     assert run("bench", "cli_wrong:model", "--shape", "4,5", "--seconds", "0.01") == 1
+    assert "the Hessian is off" in capsys.readouterr().out
+    assert run("bench", "cli_wrong:model", "--shape", "4,5", "--seconds", "0.01", "--json") == 1
+    assert json.loads(capsys.readouterr().out)["passed"] is False
 
 
 def _wrong_operator():
@@ -276,6 +279,19 @@ def test_what_is_refused_has_a_status_of_its_own(capsys):
     assert run("explain", "cli_models:mixing", "--shape", "6,5") == 3
     told = capsys.readouterr().err
     assert "SampleMixingError" in told and "cli_models.py" in told and "next:" in told
+
+
+@pytest.mark.parametrize(("text", "kind"), [
+    ("def net(x:\n", "SyntaxError"), ("raise KeyError('gone')\n", "KeyError"),
+    ("def net():\n    raise OSError('no weights here')\n", "OSError"),
+    ("def net(x):\n    return x.nothing()\n", "nothing"),
+])  # fmt: skip
+def test_what_the_models_own_code_raises_is_no_failed_check(text, kind, capsys, folder):
+    (folder / "cli_raises.py").write_text(text)
+    assert run("verify", "cli_raises.py:net", "--shape", "6,5") == 3
+    told = capsys.readouterr().err
+    assert kind in told and "cli_raises.py" in told
+    assert told.splitlines()[-1].startswith("fxhess verify: ") or "next:" in told
 
 
 def test_calibrate(capsys, tmp_path, monkeypatch):
@@ -341,6 +357,13 @@ def test_as_a_process(folder):
         cwd=folder, env=environment, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.stdout == "hessian at x: 4×5\n" and "Traceback" not in done.stderr, done.stderr
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for last in ("--all", "--json"):
+        done = subprocess.run(
+            [sys.executable, "-m", "fxhess", "explain", "cli_models:net", "--shape", "4,5", last],
+            cwd=folder, env={**environment, **locale}, capture_output=True, timeout=120, check=True,
+        )  # fmt: skip
+        assert done.stdout.isascii() and (last == "--all" or json.loads(done.stdout))
     code = "import sys, fxhess; print('rich' in sys.modules, 'argparse' in vars(fxhess))"
     done = subprocess.run(
         [sys.executable, "-c", code],

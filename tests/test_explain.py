@@ -330,6 +330,12 @@ cards.forEach((card, i) => {
     if (a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 6
         && b.top < a.bottom - 6) problems.push('over each other: ' + card.textContent);
   }));
+  const chips = [...card.querySelectorAll('.fx-chip')].map(c => c.getBoundingClientRect());
+  const ends = [...card.querySelectorAll('.fx-end')].map(t => t.getBoundingClientRect());
+  chips.forEach(a => ends.forEach(b => {
+    if (b.left < a.right + 1 && a.top < b.bottom && b.top < a.bottom)
+      problems.push('over a chip: ' + card.textContent);
+  }));
   for (let k = i + 1; k < boxes.length; k++) {
     const a = boxes[i], b = boxes[k];
     if (a.width && b.width && a.left < b.right && b.left < a.right && a.top < b.bottom

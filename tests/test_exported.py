@@ -108,6 +108,67 @@ def test_saved(name, dtype, tmp_path):
         assert sum(t.shape == (3, 3) for t in tensors) <= 2
 
 
+def _loaded(tmp_path, hess, *args, **kwargs):
+    fxhess.save(hess, tmp_path / "saved", *args, **kwargs)
+    return fxhess.load(tmp_path / "saved")
+
+
+class Pairs(nn.Module):
+    """Makes tensors of its own: which pairs there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp(1, 4, 1)
+
+    def forward(self, p):
+        i, j = torch.triu_indices(p.shape[-2], p.shape[-2], 1)
+        return self.net((p[..., i, :] - p[..., j, :]).square().sum(-1, keepdim=True)).sum((-1, -2))
+
+
+def test_a_model_that_makes_tensors(tmp_path):
+    model = Pairs().double()
+    outputs = ("hessian", ("entries", [((0, 0), (2, 1)), ((1, 1), (1, 1))]))
+    hess = fxhess.transform(model, outputs, event_ndim=2)
+    loaded, x = _loaded(tmp_path, hess, randn(3, 3, 2)), randn(5, 3, 2, seed=4)
+    got, want = loaded(x), oracle.hessian(model, x, 2)
+    assert_close(got.hessian, want)
+    assert_close(got.entries, torch.stack([want[:, 0, 0, 2, 1], want[:, 1, 1, 1, 1]], 1))
+
+
+def test_vectors_by_name(tmp_path):
+    """Of several inputs, each with its own vector: their batch is one and the same."""
+    hess = fxhess.transform(
+        lambda state, control, gain: (torch.tanh(state * gain) * control.exp()).sum(-1),
+        ("gradient", "hvp"), wrt={"x": "state", "u": 1},
+    )  # fmt: skip
+
+    def given(n, seed):
+        v = {"x": randn(n, 3, seed=seed), "u": randn(n, 3, seed=seed + 1)}
+        named = {"gain": randn(3, seed=9), "vector": v}
+        return (randn(n, 3, seed=seed + 2), randn(n, 3, seed=seed + 3)), named
+
+    args, kwargs = given(4, 0)
+    loaded = _loaded(tmp_path, hess, *args, **kwargs)
+    for n in (1, 5):
+        args, kwargs = given(n, n)
+        got, want = loaded(*args, **kwargs), hess(*args, **kwargs)
+        for a, b in zip(got, want, strict=True):
+            for name in ("x", "u"):
+                assert_close(a[name], b[name], 1e-13)
+
+
+def test_a_sum_over_the_batch_is_of_that_batch(tmp_path):
+    """Its program is one for a number of samples, and so is its file."""
+    hess = fxhess.transform(mlp(3, 4, 1), wrt=fxhess.parameters("0"), reduce="sum")
+    x = randn(4, 3)
+    loaded = _loaded(tmp_path, hess, x)
+    for names in (("0.weight", "0.bias"), ("0.bias", "0.bias")):
+        got, want = (h(x)[names[0]][names[1]] for h in (loaded, hess))
+        assert_close(got, want, 1e-13)
+    with pytest.raises(fxhess.InputError, match=r"saved for torch.float64 \[4, 3\]"):
+        loaded(x[:2])
+
+
 class Evil:
     """Ends the process where it is unpickled."""
 

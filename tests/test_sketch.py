@@ -57,6 +57,18 @@ def _cast(enabled):
     return forward
 
 
+def _inner(create_graph):
+    """The force times the position: with the force a function of the position, or a constant."""
+
+    def forward(self, x):
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        with torch.enable_grad():
+            (g,) = torch.autograd.grad(x.sin().exp().sum(), x, create_graph=create_graph)
+        return (g * x * x).sum(-1)
+
+    return forward
+
+
 def _quiet(function):
     def forward(self, x):
         with torch._C.DisableTorchFunction():
@@ -97,6 +109,7 @@ DIFFERENT = {
     "the line": (_chosen, {"chosen": lambda x: x.sin()},
                  {"chosen": lambda x: x.sin()}),
     "no_grad": (None, _graded(True), _graded(False)),
+    "the graph of a gradient": (None, _inner(True), _inner(False)),
     "autocast inside": (None, _cast(True), _cast(False)),
     "what no Python mode sees": (None, _quiet(lambda x: x.sin().sum(-1)),
                                  _quiet(lambda x: x.cos().sum(-1))),
@@ -128,6 +141,15 @@ def test_sketches_differ_by(what):
     again = _sketch(_made(forward, one))
     assert first is not None and first == again, "not reproducible"
     assert second is None or second.digest != first.digest or second.places != first.places
+
+
+def test_a_gradient_inside_has_a_graph_where_it_was_asked_for(disk):
+    """Without ``create_graph`` it is a constant of what follows."""
+    x = randn(4, 3)
+    for create_graph in (True, False, True):
+        model = Net(_inner(create_graph))
+        assert_close(fxhess.transform(model)(x), oracle.hessian(model, x))
+        fxhess.cache_clear()
 
 
 def test_sketches_are_of_structure():
