@@ -110,6 +110,16 @@ class HessianModule(nn.Module):
             InputError: an argument, ``vector``, ``metric`` or ``out`` does not fit.
             CaptureError, SampleMixingError, UnsupportedOpError: at the first call for a shape,
                 dtype, device and mode: see :func:`fxhess.transform`.
+
+        Shapes and costs of all outputs: the table of :func:`fxhess.transform`.
+
+        Example:
+            >>> f = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+            >>> module = fxhess.transform(f, ("laplacian", "hvp"))
+            >>> x, v = torch.randn(32, 3), torch.randn(5, 32, 3)
+            >>> got = module(x, vector=v, metric=torch.diag(torch.tensor([1.0, 1.0, 0.5])))
+            >>> got.laplacian.shape, got.hvp.shape
+            (torch.Size([32]), torch.Size([5, 32, 3]))
         """
         if torch.compiler.is_compiling():
             pass  # below, everything is looked at by name: that is what a compiler can prove
@@ -335,6 +345,8 @@ class HessianModule(nn.Module):
         found = self._specialized(call)
         binding = self._found(call)
         notes = [] if binding.structure is None else binding.structure.notes(binding.captures)
+        if call.form.constants:
+            notes.append(self.prepared(args, kwargs).told())  # a guess may have been corrected
         inputs = [call.x, *call.given]
         if isinstance(found, Apart):
             notes += found.notes()

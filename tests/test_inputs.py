@@ -131,6 +131,8 @@ BAD_CALLS = {
     "a word for memory": (lambda: fxhess.transform(_model(), max_memory="8MB"), "'8MB'"),
     "part of a byte": (lambda: fxhess.transform(_model(), max_memory=1.5), "counts bytes"),
     "a word for axes": (lambda: fxhess.transform(_model(), event_ndim="1"), "counts axes"),
+    "axes that are true": (lambda: fxhess.transform(_model(), event_ndim=True), "counts axes"),
+    "compile by name": (lambda: fxhess.transform(_model(), compile="max"), "not 'max'"),
     "saved untransformed": (lambda: fxhess.save(_model(), "a.fx", X), "not Sequential"),
     "packaged untransformed": (lambda: fxhess.package(_model(), "a.pt2", X), "not Sequential"),
     "negative event_ndim": (lambda: fxhess.transform(_model(), event_ndim=-1), "negative"),
