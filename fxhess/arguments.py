@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, combinations
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from fxhess.wrt import Names, Parameters, Wrt, meant, parameters_of, parse_wrt
 
 REDUCTIONS = ("sum", "mean")
 _MAX_READINGS = 256
+_MAX_GUESSES = 5  # of which all combinations are tried
 
 
 @dataclass(frozen=True)
@@ -263,14 +265,27 @@ class Arguments:
             reading, form=form, described=_described(reading.described, form, reading.batch)
         )
 
-    def without_guesses(self, call: Call) -> Call:
-        """The same call with constants shared that were taken for batched by their shape alone."""
-        shared = tuple(
-            None if j in call.form.guessed else axis for j, axis in enumerate(call.form.constants)
-        )
-        form = replace(call.form, constants=shared, guessed=())
+    def other_readings(self, call: Call) -> Iterator[Call]:
+        """The same call with some of the constants shared that were taken for batched by their
+        shape alone: each of them, each two, .., at last all.  Fewest first: where one is shared
+        that is not, the program would be for this one batch size."""
+        guessed = call.form.guessed
+        batch = call.x.shape[: call.form.batch_ndim]
+        sizes = range(1, len(guessed) + 1) if len(guessed) <= _MAX_GUESSES else (1, len(guessed))
+        for wrong in chain.from_iterable(combinations(guessed, n) for n in sizes):
+            shared = tuple(
+                None if j in wrong else axis for j, axis in enumerate(call.form.constants)
+            )
+            form = replace(call.form, constants=shared, guessed=())
+            yield Call(form, call.x, call.given, _described(call.described, form, batch))
+
+    def corrected(self, call: Call) -> Call:
+        """The call in the form that calls like it turned out to have."""
+        form = self.instead.get(call.form)
+        if form is None:
+            return call
         batch = call.x.shape[: form.batch_ndim]
-        return Call(form, call.x, call.given, _described(call.described, form, batch))
+        return replace(call, form=form, described=_described(call.described, form, batch))
 
     def learn(self, guess: Call, right: Call) -> None:
         """Remember that calls like ``guess`` are like ``right``."""

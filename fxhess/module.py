@@ -346,7 +346,7 @@ class HessianModule(nn.Module):
         binding = self._found(call)
         notes = [] if binding.structure is None else binding.structure.notes(binding.captures)
         if call.form.constants:
-            notes.append(self.prepared(args, kwargs).told())  # a guess may have been corrected
+            notes.append(self.arguments.corrected(call).told())
         inputs = [call.x, *call.given]
         if isinstance(found, Apart):
             notes += found.notes()
@@ -364,7 +364,8 @@ class HessianModule(nn.Module):
         Raises:
             VerificationError: the Hessian is wrong or not exactly symmetric.
         """
-        return verify(self, self._read(args, kwargs), samples)
+        self._specialized(self.prepared(args, kwargs))
+        return verify(self, self.arguments.corrected(self._read(args, kwargs)), samples)
 
     # --- copying --------------------------------------------------------------------------------
 
