@@ -179,6 +179,19 @@ def test_an_empty_batch_first_and_a_full_one_after():
     assert_close(hess(X), fxhess.transform(_model())(X))
 
 
+@pytest.mark.parametrize("outputs", ["hessian", ("diagonal", "hvp"), "laplacian"])
+def test_an_empty_batch_of_rows_that_are_not_contiguous(outputs):
+    """PyTorch repeats the weight of a linear layer for each sample there: for none."""
+    net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    hess = fxhess.transform(lambda x: net(x.mT.sin()).sum((-1, -2)), outputs, event_ndim=2)
+    for n in (0, 2, 0):
+        x = torch.ones(n, 3, 4, dtype=torch.float64)
+        given = {"vector": x} if "hvp" in outputs else {}
+        got = hess(x, **given)
+        for part in got if isinstance(got, tuple) else (got,):
+            assert part.shape[0] == n
+
+
 def test_samples_without_entries():
     got = fxhess.transform(lambda x: x.exp().sum(-1), ALL)(randn(3, 0))
     assert got.hessian.shape == (3, 0, 0) and got.gradient.shape == (3, 0)
