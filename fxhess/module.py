@@ -325,23 +325,31 @@ class HessianModule(nn.Module):
         binding = self._specialized(call)
         return binding.of_first(call) if isinstance(binding, Apart) else binding
 
-    def graph_module(self, *args: Any, **kwargs: Any) -> fx.GraphModule:
+    def graph_module(
+        self, *args: Any, vector: Any = None, metric: Any = None, **kwargs: Any
+    ) -> fx.GraphModule:
         """The generated code for inputs like these, as a ``torch.fx.GraphModule`` whose inputs are
         x, the model's other arguments, what is given besides, and the model's tensors in the order
         of :meth:`tensors`."""
-        return self._found(self.prepared(args, kwargs)).program.graph_module
+        call = self.prepared(args, kwargs, vector, metric)
+        return self._found(call).program.graph_module
 
-    def tensors(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    def tensors(
+        self, *args: Any, vector: Any = None, metric: Any = None, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
         """The model's tensors that the generated code takes besides x, by name, in order."""
+        call = self.prepared(args, kwargs, vector, metric)
         return {
             ".".join(source.path) or f"constant {i}": source.read(self.model)
-            for i, source in enumerate(self._found(self.prepared(args, kwargs)).sources)
+            for i, source in enumerate(self._found(call).sources)
         }
 
-    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+    def explain(
+        self, *args: Any, vector: Any = None, metric: Any = None, **kwargs: Any
+    ) -> Explanation:
         """What the compiler did for inputs like these: print it.  Calls the module a few times, for
         about 0.3 s, to show the measured time beside the predicted one."""
-        call = self.prepared(args, kwargs)
+        call = self.prepared(args, kwargs, vector, metric)
         found = self._specialized(call)
         binding = self._found(call)
         notes = [] if binding.structure is None else binding.structure.notes(binding.captures)

@@ -219,6 +219,21 @@ def test_gradients_flow_through_every_output():
             assert_close(zero if a is None else a, zero if b is None else b, what=output)
 
 
+def test_programs_with_what_is_given_are_shown():
+    """For several vectors, or with a metric, a program is another one."""
+    model, _, x, *_ = _case("mlp")
+    shown = {"laplacian": {"metric": randn(4, 4, seed=2)}, "hvp": {"vector": randn(7, 3, 4)}}
+    for output, given in shown.items():
+        hess = fxhess.transform(model, output)
+        code = hess.graph_module(x, **given)
+        (name,) = given
+        (own,) = (n for n in code.graph.nodes if n.op == "placeholder" and n.name == name)
+        assert list(own.meta["val"].shape)[:1] == list(given[name].shape)[:1]
+        tensors = hess.tensors(x, **given).values()
+        assert_close(code(x, given[name], *tensors).detach(), hess(x, **given).detach())
+        assert output in hess.explain(x, **given).outputs
+
+
 def test_one_vector_for_all_samples():
     model, _, x, _, flat = _case("mlp")
     v = randn(4, seed=5)
