@@ -94,16 +94,30 @@ def transform(
         UnsupportedOpError: an operation on the path from x has no second derivative in PyTorch,
             or, with ``fallback="error"``, none that can be written as plain operations.
 
-    Example:
-        >>> net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
-        >>> hess = fxhess.transform(net)
-        >>> hess(torch.randn(32, 3)).shape
-        torch.Size([32, 3, 3])
-        >>> both = fxhess.transform(net, ("value", "laplacian"))(torch.randn(32, 3))
-        >>> both.laplacian.shape
+    Examples:
+        >>> f = nn.Sequential(nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 1))
+        >>> x, v, A = torch.randn(32, 10), torch.randn(5, 32, 10), torch.eye(10)
+        >>> fxhess.transform(f)(x).shape
+        torch.Size([32, 10, 10])
+        >>> fxhess.transform(f, "diagonal")(x).shape
+        torch.Size([32, 10])
+        >>> fxhess.transform(f, "laplacian")(x, metric=A).shape
         torch.Size([32])
-        >>> fxhess.transform(net, "hvp")(torch.randn(32, 3), vector=torch.randn(5, 32, 3)).shape
-        torch.Size([5, 32, 3])
+        >>> fxhess.transform(f, ("entries", [(0, 1), (2, 2)]))(x).shape
+        torch.Size([32, 2])
+        >>> fxhess.transform(f, "hvp")(x, vector=v).shape
+        torch.Size([5, 32, 10])
+        >>> fxhess.transform(f, "quadratic")(x, vector=v[0]).shape
+        torch.Size([32])
+        >>> several = fxhess.transform(f, ("value", "gradient", "hessian"))(x)
+        >>> several.value.shape, several.gradient.shape
+        (torch.Size([32]), torch.Size([32, 10]))
+        >>> jacobian = fxhess.transform(nn.Linear(10, 3), "jacobian")(x)  # of a vector
+        >>> jacobian.shape
+        torch.Size([32, 3, 10])
+        >>> pair = lambda p: (p[:, :, None] - p[:, None]).square().sum((1, 2, 3)).sin()
+        >>> fxhess.transform(pair, ("blocks", 0), event_ndim=2)(torch.randn(6, 5, 3)).shape
+        torch.Size([6, 5, 3, 3])
 
     Source: edge-pushing (Gower & Mello 2012), in tensor form (Laue, Mitterreiter & Giesen 2020).
     """
@@ -122,7 +136,9 @@ def transform(
             f"a model is a module or a function, {model.__name__} is a class",
             hint=f"an instance: fxhess.transform({model.__name__}(...))",
         )
-    if not isinstance(event_ndim, int):
+    if not isinstance(compile, bool):
+        raise InputError(f"compile is True or False, not {compile!r}")
+    if not isinstance(event_ndim, int) or isinstance(event_ndim, bool):
         raise InputError(f"event_ndim counts axes; {event_ndim!r} is no number of them")
     if event_ndim < 0:
         raise InputError(f"event_ndim counts axes; {event_ndim} is negative")

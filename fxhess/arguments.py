@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, combinations
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ from fxhess.in_dims import batch_axes, leading, told
 from fxhess.outputs import Given
 from fxhess.packing import Packing
 from fxhess.trees import TENSOR, Flat, Path
-from fxhess.wrt import Names, Parameters, Wrt, parameters_of, parse_wrt
+from fxhess.wrt import Names, Parameters, Wrt, meant, parameters_of, parse_wrt
 
 REDUCTIONS = ("sum", "mean")
 _MAX_READINGS = 256
+_MAX_GUESSES = 5  # of which all combinations are tried
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,12 @@ class Arguments:
         self.event_ndim = event_ndim
         self.reduce = reduce
         self.names = Names(model)
-        self.names.check(wrt)
+        self.names.check(model, wrt)
         only = all(isinstance(c, Parameters) for c in wrt.choices)
         if reduce is not None and not only:
             raise InputError(
-                f"reduce={reduce!r} sums over samples, each of which has its own {_named(wrt)}",
+                f"reduce={reduce!r} sums over samples, each of which has its own"
+                f" {self._named(wrt)}",
                 hint="reduce goes with wrt=fxhess.parameters(..), which all samples share",
             )
         self._readings: dict[Any, _Reading] = {}
@@ -131,7 +134,7 @@ class Arguments:
         if reading is None:
             by_name = dict(zip(map(self.names.at, range(len(args))), positional, strict=True))
             by_name.update(zip(kwargs, named, strict=True))
-            chosen, result = self._chosen(flat, by_name, parameters)
+            chosen, result = self._chosen(model, flat, by_name, parameters)
             said = told(self.in_dims, flat, self.names, by_name)
             reading = self._corrected(self._put(flat, spec, chosen, parameters, result, said))
             if known:
@@ -139,6 +142,10 @@ class Arguments:
                     self._readings.clear()
                 self._readings[key] = reading
         return reading.call(flat.tensors, [p.tensor for p in parameters])
+
+    def _named(self, wrt: Wrt) -> str:
+        paths = [self.names.path(c) for c in wrt.choices if not isinstance(c, Parameters)]
+        return ", ".join(repr(".".join(path)) for path in paths)
 
     # --- what is differentiated -----------------------------------------------------------------
 
@@ -156,7 +163,11 @@ class Arguments:
         return found
 
     def _chosen(
-        self, flat: Flat, by_name: dict[str, Any], parameters: Sequence[_Parameter]
+        self,
+        model: nn.Module,
+        flat: Flat,
+        by_name: dict[str, Any],
+        parameters: Sequence[_Parameter],
     ) -> tuple[list[int], Any]:
         """What is differentiated, in order: positions among the leaves, and (from -1 down) among
         the parameters; and the structure of it all as ``wrt`` has it."""
@@ -169,21 +180,25 @@ class Arguments:
                 specs.append(TENSOR if choice.names == names and len(own) == 1
                              else (dict, names, (TENSOR,) * len(own)))  # fmt: skip
             else:
-                own, spec = self._leaves_at(flat, by_name, self.names.path(choice))
+                own, spec = self._leaves_at(model, flat, by_name, choice)
                 specs.append(spec)
             if set(own) & set(chosen):
                 raise InputError(f"wrt names {'.'.join(self.names.path(choice))!r} twice")  # type: ignore[arg-type]
             chosen += own
         return chosen, _grafted(self.wrt.spec, iter(specs))
 
-    def _leaves_at(self, flat: Flat, by_name: dict[str, Any], path: Path) -> tuple[list[int], Any]:
-        """The tensors at a path, and their structure."""
+    def _leaves_at(
+        self, model: nn.Module, flat: Flat, by_name: dict[str, Any], choice: Path
+    ) -> tuple[list[int], Any]:
+        """The tensors that a choice of ``wrt`` names, and their structure."""
+        path = self.names.path(choice)
         where = ".".join(path)
         spec = trees.at(by_name[path[0]], path[1:]) if path[0] in by_name else None
         if spec is None:
             raise InputError(
-                f"wrt names {where!r}, which this call does not have",
-                hint="it has " + (", ".join(".".join(p) for p in flat.paths) or "no tensors"),
+                f"{where!r} is to be differentiated by (wrt), and this call does not have it",
+                hint=f"{meant(model, choice)}it has "
+                + (", ".join(".".join(p) for p in flat.paths) or "no tensors"),
             )
         own = [i for i, p in enumerate(flat.paths) if p[: len(path)] == path]
         if not own:
@@ -250,14 +265,27 @@ class Arguments:
             reading, form=form, described=_described(reading.described, form, reading.batch)
         )
 
-    def without_guesses(self, call: Call) -> Call:
-        """The same call with constants shared that were taken for batched by their shape alone."""
-        shared = tuple(
-            None if j in call.form.guessed else axis for j, axis in enumerate(call.form.constants)
-        )
-        form = replace(call.form, constants=shared, guessed=())
+    def other_readings(self, call: Call) -> Iterator[Call]:
+        """The same call with some of the constants shared that were taken for batched by their
+        shape alone: each of them, each two, .., at last all.  Fewest first: where one is shared
+        that is not, the program would be for this one batch size."""
+        guessed = call.form.guessed
+        batch = call.x.shape[: call.form.batch_ndim]
+        sizes = range(1, len(guessed) + 1) if len(guessed) <= _MAX_GUESSES else (1, len(guessed))
+        for wrong in chain.from_iterable(combinations(guessed, n) for n in sizes):
+            shared = tuple(
+                None if j in wrong else axis for j, axis in enumerate(call.form.constants)
+            )
+            form = replace(call.form, constants=shared, guessed=())
+            yield Call(form, call.x, call.given, _described(call.described, form, batch))
+
+    def corrected(self, call: Call) -> Call:
+        """The call in the form that calls like it turned out to have."""
+        form = self.instead.get(call.form)
+        if form is None:
+            return call
         batch = call.x.shape[: form.batch_ndim]
-        return Call(form, call.x, call.given, _described(call.described, form, batch))
+        return replace(call, form=form, described=_described(call.described, form, batch))
 
     def learn(self, guess: Call, right: Call) -> None:
         """Remember that calls like ``guess`` are like ``right``."""
@@ -301,7 +329,3 @@ def _grafted(spec: Any, specs: Iterator[Any]) -> Any:
         return next(specs)
     kind, keys, inner = spec
     return (kind, keys, tuple(_grafted(s, specs) for s in inner))
-
-
-def _named(wrt: Wrt) -> str:
-    return ", ".join(repr(".".join(c)) for c in wrt.choices if not isinstance(c, Parameters))

@@ -377,7 +377,7 @@ def _capture_error(
         f"PyTorch could not run the model on x of shape {list(x.shape)} while tracing it:"
         f" {name}: {_first_lines(error)}",
         where=where,
-        hint="check that model(x) itself runs on such an x",
+        hint="check that model(x) itself runs on such an x, and with what else it is called with",
     )
 
 

@@ -83,6 +83,11 @@ def check_out(
 ) -> None:
     """Raises InputError unless a result of ``shape`` and ``dtype`` can be written into ``out``,
     given x and the model's tensors."""
+    if not isinstance(out, torch.Tensor):
+        raise InputError(
+            f"out must be a tensor, not {type(out).__name__}",
+            hint=f"torch.empty({list(shape)}, dtype={dtype}, device={str(x.device)!r})",
+        )
     if list(out.shape) != list(shape) or out.dtype != dtype:
         raise InputError(f"out is {out.dtype} {list(out.shape)}, the result {dtype} {list(shape)}")
     if out.device != x.device:

@@ -121,12 +121,12 @@ class Execution:
         cls,
         module: fx.GraphModule,
         batch_ndim: int,
-        summed: bool,
+        whole: bool,
         given: Sequence[Given] = (),
         leads: Sequence[tuple[int, ...]] | None = None,
     ) -> Execution | None:
         """The split program; None where the whole program cannot be cut by samples (a result
-        that sums over the batch)."""
+        that sums over the batch).  ``whole``: samples must not be run apart."""
         graph = module.graph
         (values,) = next(n for n in graph.nodes if n.op == "output").args
         results = [values] if isinstance(values, fx.Node) else list(values)  # type: ignore[arg-type]
@@ -165,7 +165,7 @@ class Execution:
                 taken,
                 keeps,
             ),
-            all(is_repeatable(n) for n in calls if n.op == "call_function") and not summed,
+            all(is_repeatable(n) for n in calls if n.op == "call_function") and not whole,
         )
 
     @cached_property

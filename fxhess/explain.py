@@ -130,6 +130,12 @@ class Explanation:
                 "no operation is curved: the model is affine (or piecewise linear) in x, and H is"
                 " zero almost everywhere"
             )
+        if program.one_size:
+            notes.append(
+                "the program is for this size of the batch alone, and is not run in tiles: a tensor"
+                " of the model, or one given for all samples, has an entry for each; as an argument"
+                " that is batched it would serve all sizes"
+            )
         if program.summed:
             notes.append("the model returns a plain sum over the batch of separate terms")
         products = [n for n in nodes if cost.name_of(n) in _PRODUCTS]

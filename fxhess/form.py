@@ -3,6 +3,7 @@ constants, and how derivatives by x are taken apart again."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -148,13 +149,18 @@ def _leaves(spec: Any, value: Any, name: str, tensors: bool = True) -> list[Any]
         return [value]
     _, keys, specs = spec
     items: list[Any] = []
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and set(value) <= set(keys):
         items = [value[key] for key in keys if key in value]
     elif isinstance(value, (tuple, list)):
         items = list(value)
+    elif dataclasses.is_dataclass(value):
+        items = [getattr(value, str(key)) for key in keys if hasattr(value, str(key))]
     if len(items) != len(keys):
         listed = ", ".join(map(str, keys))
-        raise InputError(f"{name} has to be given for each of the inputs: {listed}")
+        raise InputError(
+            f"{name} has to be given for each of the inputs: {listed}",
+            hint="and for no others, in the structure that wrt has",
+        )
     return [
         leaf
         for s, item in zip(specs, items, strict=True)
@@ -196,7 +202,10 @@ class Call:
         own = [g for g in self.described if g.constant]
         each = ", ".join(g.name for g in own if g.batched) or "none"
         every = ", ".join(g.name for g in own if not g.batched) or "none"
-        return f"given for each sample: {each}; for all of them: {every} (in_dims= says otherwise)"
+        return (
+            f"constants given for each sample: {each}; for all of them: {every}"
+            " (in_dims= says otherwise)"
+        )
 
     @property
     def inputs(self) -> tuple[torch.Tensor, ...]:

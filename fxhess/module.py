@@ -110,6 +110,16 @@ class HessianModule(nn.Module):
             InputError: an argument, ``vector``, ``metric`` or ``out`` does not fit.
             CaptureError, SampleMixingError, UnsupportedOpError: at the first call for a shape,
                 dtype, device and mode: see :func:`fxhess.transform`.
+
+        Shapes and costs of all outputs: the table of :func:`fxhess.transform`.
+
+        Example:
+            >>> f = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+            >>> module = fxhess.transform(f, ("laplacian", "hvp"))
+            >>> x, v = torch.randn(32, 3), torch.randn(5, 32, 3)
+            >>> got = module(x, vector=v, metric=torch.diag(torch.tensor([1.0, 1.0, 0.5])))
+            >>> got.laplacian.shape, got.hvp.shape
+            (torch.Size([32]), torch.Size([5, 32, 3]))
         """
         if torch.compiler.is_compiling():
             pass  # below, everything is looked at by name: that is what a compiler can prove
@@ -315,26 +325,36 @@ class HessianModule(nn.Module):
         binding = self._specialized(call)
         return binding.of_first(call) if isinstance(binding, Apart) else binding
 
-    def graph_module(self, *args: Any, **kwargs: Any) -> fx.GraphModule:
+    def graph_module(
+        self, *args: Any, vector: Any = None, metric: Any = None, **kwargs: Any
+    ) -> fx.GraphModule:
         """The generated code for inputs like these, as a ``torch.fx.GraphModule`` whose inputs are
         x, the model's other arguments, what is given besides, and the model's tensors in the order
         of :meth:`tensors`."""
-        return self._found(self.prepared(args, kwargs)).program.graph_module
+        call = self.prepared(args, kwargs, vector, metric)
+        return self._found(call).program.graph_module
 
-    def tensors(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    def tensors(
+        self, *args: Any, vector: Any = None, metric: Any = None, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
         """The model's tensors that the generated code takes besides x, by name, in order."""
+        call = self.prepared(args, kwargs, vector, metric)
         return {
             ".".join(source.path) or f"constant {i}": source.read(self.model)
-            for i, source in enumerate(self._found(self.prepared(args, kwargs)).sources)
+            for i, source in enumerate(self._found(call).sources)
         }
 
-    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+    def explain(
+        self, *args: Any, vector: Any = None, metric: Any = None, **kwargs: Any
+    ) -> Explanation:
         """What the compiler did for inputs like these: print it.  Calls the module a few times, for
         about 0.3 s, to show the measured time beside the predicted one."""
-        call = self.prepared(args, kwargs)
+        call = self.prepared(args, kwargs, vector, metric)
         found = self._specialized(call)
         binding = self._found(call)
         notes = [] if binding.structure is None else binding.structure.notes(binding.captures)
+        if call.form.constants:
+            notes.append(self.arguments.corrected(call).told())
         inputs = [call.x, *call.given]
         if isinstance(found, Apart):
             notes += found.notes()
@@ -352,7 +372,8 @@ class HessianModule(nn.Module):
         Raises:
             VerificationError: the Hessian is wrong or not exactly symmetric.
         """
-        return verify(self, self._read(args, kwargs), samples)
+        self._specialized(self.prepared(args, kwargs))
+        return verify(self, self.arguments.corrected(self._read(args, kwargs)), samples)
 
     # --- copying --------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,12 +116,13 @@ def _one(output: Any, event_ndim: int | None) -> Output:
             raise InputError(f"output {output!r} needs details", hint=_DETAILED[output])
         return Output(output)
     if not is_detailed(output):
-        raise InputError(f"unknown output {output!r}", hint=_valid())
+        near = difflib.get_close_matches(str(output).lower(), NAMES, 1)
+        meant = f"{near[0]!r}? " if near else ""
+        raise InputError(f"unknown output {output!r}", hint=meant + _valid())
     name, details = output
     try:
         if name == "blocks":
-            axes = (details,) if isinstance(details, int) else tuple(details)
-            return Output(name, axes=_axes(axes, event_ndim))
+            return Output(name, axes=_axes(_whole(details), event_ndim))
         pairs = tuple((_index(i, event_ndim), _index(j, event_ndim)) for i, j in details)
     except InputError:
         raise
@@ -133,12 +136,26 @@ def _axes(axes: Sequence[int], event_ndim: int | None) -> tuple[int, ...]:
         return tuple(sorted(set(axes)))
     for axis in axes:
         if not -event_ndim <= axis < event_ndim:
-            raise InputError(f"blocks along event axis {axis}, but a sample has {event_ndim} axes")
+            raise InputError(
+                f"blocks along event axis {axis}, but a sample has {event_ndim} axes",
+                hint="event_ndim= of transform counts the axes of a sample",
+            )
     return tuple(sorted({axis % event_ndim for axis in axes}))
 
 
+def _whole(given: Any) -> tuple[int, ...]:
+    """One whole number, or several, of any type that counts (NumPy's and 0-d tensors included).
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if hasattr(given, "__index__") and getattr(given, "ndim", 0) == 0:
+        return (operator.index(given),)
+    return tuple(map(operator.index, given))
+
+
 def _index(index: Any, event_ndim: int | None) -> Index:
-    whole = (index,) if isinstance(index, int) else tuple(int(i) for i in index)
+    whole = _whole(index)
     if event_ndim is not None and len(whole) != event_ndim:
         raise InputError(
             f"an entry has {len(whole)} numbers where a sample of x has {event_ndim} axes",
@@ -180,7 +197,9 @@ def given_for(
         if tuple(vector.shape) != (*leading, *x.shape) or len(leading) > 1:
             raise InputError(
                 f"vector has shape {list(vector.shape)} where x has {list(x.shape)}",
-                hint="a vector has x's shape, that of one sample, or x's with one leading axis",
+                hint="a vector has x's shape, that of one sample, or x's with one leading axis;"
+                " several for all samples: v.reshape(k, *[1] * batch_ndim, *event)"
+                ".expand(k, *x.shape)",
             )
         found.append(Given("vector", leading, True, event))
         tensors.append(vector)
@@ -207,9 +226,15 @@ def leading_axes(outputs: Sequence[Output], given: Sequence[Given]) -> list[tupl
 
 def _same_kind(name: str, tensor: torch.Tensor, x: torch.Tensor) -> None:
     if not isinstance(tensor, torch.Tensor):
-        raise InputError(f"{name} must be a tensor, not {type(tensor).__name__}")
+        raise InputError(
+            f"{name} must be a tensor, not {type(tensor).__name__}",
+            hint="torch.as_tensor(..), of x's type and device",
+        )
     if tensor.dtype != x.dtype or tensor.device != x.device:
-        raise InputError(f"{name} is {tensor.dtype} on {tensor.device}, x {x.dtype} on {x.device}")
+        raise InputError(
+            f"{name} is {tensor.dtype} on {tensor.device}, x {x.dtype} on {x.device}",
+            hint=f"{name}.to(x)",
+        )
 
 
 def check_entries(output: Output, event: Sequence[int]) -> None:

@@ -82,6 +82,7 @@ class Program:
     notes: tuple[str, ...] = ()
     steps: tuple[Step, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    one_size: bool = False  # whether it is for one size of the batch, which cannot be cut then
 
     @cached_property
     def fused(self) -> fx.GraphModule:
@@ -93,7 +94,8 @@ class Program:
     @cached_property
     def execution(self) -> Execution | None:
         """The program split for running without autograd, or None where it cannot be."""
-        return Execution.of(self.graph_module, self.batch_ndim, self.summed, self.given, self.leads)
+        whole = self.summed or self.one_size
+        return Execution.of(self.graph_module, self.batch_ndim, whole, self.given, self.leads)
 
     def check_memory(self, x: torch.Tensor, wanted: bool, limit: int) -> None:
         """Refuse to run where the whole program has to (gradients are ``wanted``, or it cannot
@@ -244,6 +246,7 @@ def compile_captured(captured: Captured, x: torch.Tensor, options: Options) -> P
         (*slow_nodes(module.graph), *_lost(derivative.losses)),
         describe(canonical, derivative, module.graph),
         clock.marks,
+        any(isinstance(guard, sympy.Eq) for guard in captured.guards),
     )
     _ = program.fused  # made now: a compiler that traces a call must find it ready
     return program

@@ -30,6 +30,7 @@ from fxhess.locks import making
 from fxhess.outputs import check_entries, parse, refuse_details
 from fxhess.pipeline import Options
 from fxhess.recall import bound
+from fxhess.sources import traced
 
 _NONE: list[Any] = []
 _FIRST = "call it once, or hess.specialize(x), before torch.compile or torch.export"
@@ -125,7 +126,7 @@ class Programs:
             known[:] = [b for b in known if b.generation == programs.generation]
             try:
                 if call.form.alone:
-                    return self._apart(known, call, options)
+                    return self._alone(known, call, options)
                 binding = self._bound(call, options)
             except SampleStructureError as error:
                 return self._apart(known, call, options, error.where)
@@ -152,18 +153,46 @@ class Programs:
         known[:] = [Apart(self.model, options, call, where, self.running)]
         return known[0]  # type: ignore[no-any-return]
 
+    def _alone(self, known: list[Any], call: Call, options: Options) -> Apart:
+        """As :meth:`_apart`.  Samples that are captured alone do not show whether a constant is one
+        for each of them: the reading is right by which the model gives the same for all together.
+
+        Raises:
+            FxhessError: that of the first reading, where none is.
+        """
+        if not call.form.guessed or traced() or _outside.transforming():
+            return self._apart(known, call, options)
+        failure: FxhessError | None = None
+        for other in (call, *self.arguments.other_readings(call)):
+            found = self._apart(known, other, replace(options, given=other.described))
+            try:
+                with torch.no_grad():
+                    found.run(other.x, other.given)
+            except FxhessError as error:
+                failure = failure or error
+                continue
+            if other is not call:
+                self.arguments.learn(call, other)
+            return found
+        assert failure is not None
+        known.clear()
+        raise type(failure)(
+            failure.what, where=failure.where, hint=f"{failure.hint}\n  {call.told()}"
+        ) from failure
+
     def _other_reading(self, call: Call) -> Binding | Apart | None:
         """The program for the same arguments, where what was taken for one value a sample by its
         shape alone is shared by all."""
         if not call.form.guessed or call.form.alone:
             return None
-        other = self.arguments.without_guesses(call)
-        try:
-            found = self.make(other)
-        except FxhessError:
-            return None
-        self.arguments.learn(call, other)
-        return found
+        for other in self.arguments.other_readings(call):
+            try:
+                found = self.make(other)
+            except FxhessError:
+                continue
+            self.arguments.learn(call, other)
+            return found
+        return None
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from fxhess.closures import FunctionModule
@@ -36,8 +37,9 @@ def parameters(*names: str) -> Parameters:
     Derivatives by one parameter (named exactly) are tensors, by several dictionaries by name.
 
     Example:
+        >>> net = nn.Sequential(nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 1))
         >>> hess = fxhess.transform(net, wrt=fxhess.parameters("0.weight", "0.bias"))
-        >>> hess(x)["0.weight"]["0.bias"].shape  # of every sample of x: [32, 10]
+        >>> hess(torch.randn(32, 10))["0.weight"]["0.bias"].shape  # of every sample
         torch.Size([32, 8, 10, 8])
     """
     for name in names:
@@ -80,7 +82,8 @@ def parse_wrt(wrt: Any) -> Wrt:
         elif isinstance(value, (tuple, list)) and value:
             return (type(value), tuple(range(len(value))), tuple(map(read, value)))
         else:
-            raise InputError(f"cannot read wrt={value!r}", hint=f"wrt is {_FORMS}")
+            shown = "a tensor" if isinstance(value, torch.Tensor) else repr(value)
+            raise InputError(f"cannot read {shown} as wrt", hint=f"wrt is {_FORMS}")
         return TENSOR
 
     spec = read(wrt)
@@ -119,17 +122,26 @@ class Names:
         first, *rest = path
         return (self.at(int(first)) if first.isdigit() else first, *rest)
 
-    def check(self, wrt: Wrt) -> None:
+    def check(self, model: nn.Module, wrt: Wrt) -> None:
         """Raises InputError where an argument is named that the model does not take."""
         for choice in wrt.choices:
             if isinstance(choice, Parameters) or self.open:
                 continue
             name = self.path(choice)[0]
             if name not in self.known:
+                what = f"position {name}" if name.isdigit() else f"argument {name!r}"
                 raise InputError(
-                    f"wrt names argument {name!r}, which the model does not take",
-                    hint="its arguments are " + (", ".join(self.known) or "none"),
+                    f"wrt names {what}, which the model does not take",
+                    hint=f"{meant(model, choice)}its arguments are "
+                    + (", ".join(self.known) or "none"),
                 )
+
+
+def meant(model: nn.Module, choice: Path) -> str:
+    """A hint for who names a parameter as if it were an argument; empty where none has the name."""
+    name = ".".join(choice)
+    known = name in dict(model.named_parameters(remove_duplicate=False))
+    return f"wrt=fxhess.parameters({name!r}) for the model's parameter; " if known else ""
 
 
 def parameters_of(model: nn.Module, chosen: Parameters) -> dict[str, nn.Parameter]:

@@ -40,7 +40,8 @@ def _unrepeated(self: torch.Tensor, mat2: torch.Tensor) -> Any:
     """One matrix repeated along the axis of products (PyTorch repeats the weight of a linear layer
     on an operand that is not contiguous): one flat product, with that matrix itself."""
     if _is_repeated(mat2):
-        flat = torch.mm(self.reshape(-1, self.shape[-1]), torch.select(mat2, 0, 0))
+        one = torch.sum(mat2[:1], 0)  # not mat2[0]: of an empty batch, there is none
+        flat = torch.mm(self.reshape(-1, self.shape[-1]), one)
         return flat.reshape(*self.shape[:-1], mat2.shape[-1])
     if _is_repeated(self):
         return _unrepeated(mat2.mT, self.mT).mT

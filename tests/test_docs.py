@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import os
 import re
 import shlex
@@ -11,8 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+import fxhess
 from fxhess import __main__ as command_line
+from fxhess.module import HessianModule
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -48,6 +53,44 @@ def test_every_block_of_python_runs(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout[-1500:]}\n{done.stderr[-4000:]}"
     assert [line.split()[1] for line in done.stdout.splitlines() if "finished " in line] == pages
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/outputs.md"])
+def test_table_of_outputs(page):
+    """Every example in it runs, and has the shape that its row tells."""
+    rows = re.findall(r"^\| (`.*) \|$", (ROOT / page).read_text("utf-8"), re.MULTILINE)
+    cells = [row.split(" | ") for row in rows if "`transform(" in row]
+    inputs = {"x": (32, 10), "p": (6, 5, 3)}
+    batch, k = {"x": (32,), "p": (6,)}, (4,)
+    named = set()
+    for output, shape, *_, example in cells:
+        called = {
+            "f": nn.Sequential(nn.Linear(10, 4), nn.Tanh(), nn.Linear(4, 1)),
+            "pair": lambda p: (p[:, :, None] - p[:, None]).square().sum((1, 2, 3)).sin(),
+            "transform": fxhess.transform, "A": torch.randn(10, 10),
+            **{name: torch.randn(sizes) for name, sizes in inputs.items()},
+        }  # fmt: skip
+        (of,) = re.findall(r"\)\((\w)", example)
+        sizes = {
+            "*batch": batch[of], "*event": inputs[of][1:], "n": (2,), "k": k,
+            "*other event axes": inputs[of][2:],
+        }  # fmt: skip
+        told = [
+            sum((sizes[axis] for axis in form.split(", ")), ())
+            for form in re.findall(r"\[([^]]*)\]", shape)
+        ]
+        for v, want in zip((torch.randn(32, 10), torch.randn(4, 32, 10)), told, strict=False):
+            assert eval(example.strip("`| "), called | {"v": v}).shape == want, example
+        named |= set(re.findall(r'"(\w+)"', output))
+    assert named == set(fxhess.outputs.NAMES)
+
+
+@pytest.mark.parametrize("documented", [fxhess.transform, fxhess.parameters, HessianModule.forward])
+def test_examples_in_docstrings(documented):
+    given = {"torch": torch, "nn": nn, "fxhess": fxhess}
+    (test,) = doctest.DocTestFinder().find(documented, globs=given)
+    assert test.examples
+    assert not doctest.DocTestRunner().run(test).failed
 
 
 def test_code_fits_the_page():

@@ -131,6 +131,8 @@ BAD_CALLS = {
     "a word for memory": (lambda: fxhess.transform(_model(), max_memory="8MB"), "'8MB'"),
     "part of a byte": (lambda: fxhess.transform(_model(), max_memory=1.5), "counts bytes"),
     "a word for axes": (lambda: fxhess.transform(_model(), event_ndim="1"), "counts axes"),
+    "axes that are true": (lambda: fxhess.transform(_model(), event_ndim=True), "counts axes"),
+    "compile by name": (lambda: fxhess.transform(_model(), compile="max"), "not 'max'"),
     "saved untransformed": (lambda: fxhess.save(_model(), "a.fx", X), "not Sequential"),
     "packaged untransformed": (lambda: fxhess.package(_model(), "a.pt2", X), "not Sequential"),
     "negative event_ndim": (lambda: fxhess.transform(_model(), event_ndim=-1), "negative"),
@@ -175,6 +177,19 @@ def test_an_empty_batch_first_and_a_full_one_after():
     hess = fxhess.transform(_model())
     assert hess(randn(0, 4)).shape == (0, 4, 4)
     assert_close(hess(X), fxhess.transform(_model())(X))
+
+
+@pytest.mark.parametrize("outputs", ["hessian", ("diagonal", "hvp"), "laplacian"])
+def test_an_empty_batch_of_rows_that_are_not_contiguous(outputs):
+    """PyTorch repeats the weight of a linear layer for each sample there: for none."""
+    net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    hess = fxhess.transform(lambda x: net(x.mT.sin()).sum((-1, -2)), outputs, event_ndim=2)
+    for n in (0, 2, 0):
+        x = torch.ones(n, 3, 4, dtype=torch.float64)
+        given = {"vector": x} if "hvp" in outputs else {}
+        got = hess(x, **given)
+        for part in got if isinstance(got, tuple) else (got,):
+            assert part.shape[0] == n
 
 
 def test_samples_without_entries():

@@ -219,6 +219,21 @@ def test_gradients_flow_through_every_output():
             assert_close(zero if a is None else a, zero if b is None else b, what=output)
 
 
+def test_programs_with_what_is_given_are_shown():
+    """For several vectors, or with a metric, a program is another one."""
+    model, _, x, *_ = _case("mlp")
+    shown = {"laplacian": {"metric": randn(4, 4, seed=2)}, "hvp": {"vector": randn(7, 3, 4)}}
+    for output, given in shown.items():
+        hess = fxhess.transform(model, output)
+        code = hess.graph_module(x, **given)
+        (name,) = given
+        (own,) = (n for n in code.graph.nodes if n.op == "placeholder" and n.name == name)
+        assert list(own.meta["val"].shape)[:1] == list(given[name].shape)[:1]
+        tensors = hess.tensors(x, **given).values()
+        assert_close(code(x, given[name], *tensors).detach(), hess(x, **given).detach())
+        assert output in hess.explain(x, **given).outputs
+
+
 def test_one_vector_for_all_samples():
     model, _, x, _, flat = _case("mlp")
     v = randn(4, seed=5)
@@ -229,17 +244,24 @@ def test_one_vector_for_all_samples():
 @pytest.mark.parametrize(
     ("outputs", "given", "message"),
     [
-        ("hesian", {}, "valid outputs are 'value', 'gradient'"),
+        ("hesian", {}, "'hessian'\\? valid outputs are 'value', 'gradient'"),
+        (("value", "Laplace"), {}, "'laplacian'\\? valid"),
+        (("entries", [(0.5, 1)]), {}, "cannot read output"),
+        (("entries", [((0.5,), (1,))]), {}, "cannot read output"),
+        (("entries", [(0, 1, 2)]), {}, "pairs of indices"),
+        (("blocks", [0.5]), {}, "cannot read output"),
         (("hessian", "hessian"), {}, "once each"),
         ((), {}, "named"),
         ("entries", {}, r"\(\"entries\", \[\(0, 1\)"),
         (("entries", [(0, 9)]), {}, "outside of a sample"),
         (("entries", [((0, 1), 2)]), {}, "2 numbers where"),
-        (("blocks", 3), {}, "a sample has 1 axes"),
+        (("blocks", 3), {}, r"a sample has 1 axes\n.*event_ndim="),
         ("hvp", {}, "needs a vector"),
         ("hvp", {"vector": torch.zeros(3, 5).double()}, r"shape \[3, 5\] where x has \[3, 4\]"),
-        ("hvp", {"vector": torch.zeros(3, 4)}, "float32"),
+        ("hvp", {"vector": torch.zeros(3, 4)}, r"float32.*\n.*vector\.to\(x\)"),
+        ("hvp", {"vector": torch.zeros(7, 4).double()}, "several for all samples: v.reshape"),
         ("hvp", {"vector": [1.0]}, "must be a tensor"),
+        ("hessian", {"out": [1.0]}, r"must be a tensor, not list.*\n.*torch.empty\(\[3, 4, 4\]"),
         ("hessian", {"vector": torch.zeros(3, 4).double()}, "no output takes one"),
         ("hessian", {"metric": torch.zeros(4, 4).double()}, "no Laplacian"),
         ("laplacian", {"metric": torch.zeros(4, 3).double()}, r"has to be \[4, 4\]"),

@@ -60,6 +60,61 @@ def test_hessian_of_a_loss_in_all_parameters(reduce):
     hess.verify(x, y)
 
 
+def test_newtons_method_by_products_alone():
+    """Newton-CG on a loss: products with its Hessian in all parameters, and what they must be."""
+    x, y = randn(40, 3, seed=1), torch.randint(0, 3, (40,), generator=_generator(2))
+    model = nn.Linear(3, 3).double()
+
+    def loss(x, y):
+        each = nn.functional.cross_entropy(model(x), y, reduction="none")
+        return each + 0.05 * sum(p.square().sum() for p in model.parameters())
+
+    of = fxhess.transform(
+        loss, ("value", "gradient", "hvp", "quadratic"), wrt=fxhess.parameters(), reduce="mean"
+    )
+    parameters = list(model.parameters())
+    v = {f"model.{n}": randn(*p.shape, seed=5) for n, p in model.named_parameters()}
+    got = of(x, y, vector=v)
+    grads = torch.autograd.grad(loss(x, y).mean(), parameters, create_graph=True)
+    along = sum((g * w).sum() for g, w in zip(grads, v.values(), strict=True))
+    for a, b, g, w in zip(got.gradient.values(), got.hvp.values(), grads,
+                          torch.autograd.grad(along, parameters), strict=True):  # fmt: skip
+        assert_close(a.detach(), g.detach())
+        assert_close(b.detach(), w)
+    assert_close(got.quadratic.detach(), sum((a * v[n]).sum() for n, a in got.hvp.items()).detach())
+    with torch.no_grad():
+        for _ in range(6):
+            _conjugate_gradients(model, of, x, y)
+        norms = [g.norm() for g in of(x, y, vector=v).gradient.values()]
+    assert max(norms) < 1e-12
+
+
+def _conjugate_gradients(model, of, x, y):
+    """One step of Newton's method."""
+    r = {n: -g for n, g in of(x, y, vector=dict(_zeros(model))).gradient.items()}
+    step, p = {n: torch.zeros_like(g) for n, g in r.items()}, dict(r)
+    norm = sum(g.square().sum() for g in r.values())
+    for _ in range(12):
+        if norm < 1e-30:
+            break
+        Hp = of(x, y, vector=p)
+        rate = norm / Hp.quadratic
+        step = {n: s + rate * p[n] for n, s in step.items()}
+        r = {n: g - rate * Hp.hvp[n] for n, g in r.items()}
+        before, norm = norm, sum(g.square().sum() for g in r.values())
+        p = {n: g + norm / before * p[n] for n, g in r.items()}
+    for n, w in model.named_parameters():
+        w += step[f"model.{n}"]
+
+
+def _zeros(model):
+    return ((f"model.{n}", torch.zeros_like(w)) for n, w in model.named_parameters())
+
+
+def _generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 def test_weights_that_change_and_weights_that_are_tied():
     class Tied(nn.Module):
         def __init__(self):

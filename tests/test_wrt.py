@@ -244,6 +244,10 @@ def test_compiled_and_pickled():
 X, U = randn(6, 3), randn(6, 2)
 BAD = {  # name: transform's options, arguments, error, parts of the message
     "an unknown name": ({"wrt": "w"}, (X, U), InputError, ("'w'", "x, u, scale")),
+    "a position": ({"wrt": 7}, (X, U), InputError, ("position 7", "x, u, scale")),
+    "a tensor": ({"wrt": X}, (X, U), InputError, ("a tensor as wrt", "fxhess.parameters")),
+    "reduced u": ({"wrt": "u", "reduce": "sum"}, (X, U), InputError, ("its own 'u'",)),
+    "nothing at all": ({}, (), InputError, ("'x' is to be differentiated", "no tensors")),
     "not given": ({"wrt": "u"}, (X,), InputError, ("'u'", "it has x")),
     "integers": ({"wrt": "u"}, (X, torch.ones(6, 2, dtype=torch.long)), InputError, ("int64",)),
     "a number": ({"wrt": "scale"}, (X, U, 2.0), InputError, ("'scale'", "float")),
@@ -277,6 +281,31 @@ def test_bad_arguments(name):
     assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["0.weight", "net.bias"])
+def test_a_parameter_named_like_an_argument(name):
+    first = name.split(".")[0]
+    model = nn.Module()
+    setattr(model, first, nn.Linear(3, 1))
+    model.forward = lambda x: getattr(model, first)(x)  # type: ignore[method-assign]
+    with pytest.raises(InputError, match=rf"fxhess\.parameters\('{name}'\)"):
+        fxhess.transform(model, wrt=name)(X.float())
+
+
+def test_a_vector_as_a_dataclass():
+    """In the structure of the argument that is differentiated, as that was given."""
+    model = lambda state: dynamics(state.pos, state.cell)  # noqa: E731
+    x, u = Batch(X, None, U), Batch(randn(6, 3, seed=8), None, randn(6, 2, seed=9))
+    got = fxhess.transform(model, "hvp")(x, vector=u)
+    same = fxhess.transform(model, "hvp")(x, vector={"pos": u.pos, "cell": u.cell})
+    assert torch.equal(got["pos"], same["pos"]) and torch.equal(got["cell"], same["cell"])
+
+
+def test_explain_tells_constants_from_one_another():
+    x, cell, charge = randn(3, 3, seed=1), randn(3, 3, seed=2), randn(3, seed=3)
+    said = str(fxhess.transform(energy).explain(x, cell, charge))
+    assert "given for each sample: charge; for all of them: cell (in_dims=" in said
+
+
 def test_bad_vectors_and_results():
     hess = fxhess.transform(dynamics, "hvp", wrt=("x", "u"))
     for vector, parts in (
@@ -284,6 +313,7 @@ def test_bad_vectors_and_results():
         (X, ("each of the inputs: 0, 1",)),
         ((X, X), ("[6, 3], [6, 3]", "[[3], [2]]")),
         ((X, 1.0), ("float",)),
+        ({0: X, 1: U, 2: U}, ("each of the inputs: 0, 1", "no others")),
     ):
         with pytest.raises(InputError) as caught:
             hess(X, U, vector=vector)
