@@ -87,21 +87,22 @@ class ForEachEntry(TorchFunctionMode):
     double backward sees the numbers that fxhess does."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.rrelu:
-            return _rrelu(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is F.rrelu and _trains(*args, **kwargs):
+            return _rrelu(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _trains(
+    input: Any, lower: Any = 0, upper: Any = 0, training: bool = False, inplace: Any = False
+) -> bool:
+    return training
 
 
 def _rrelu(
-    input: torch.Tensor,
-    lower: float = 1 / 8,
-    upper: float = 1 / 3,
-    training: bool = False,
-    inplace: bool = False,
+    input: torch.Tensor, lower: float = 1 / 8, upper: float = 1 / 3, *_: Any, **__: Any
 ) -> torch.Tensor:
-    """By its documentation."""
-    if not training:
-        return torch.where(input >= 0, input, input * ((lower + upper) / 2))
+    """In training, as documented."""
     slope = lower + (upper - lower) * torch.rand(input.shape, dtype=input.dtype)
     return torch.where(input >= 0, input, input * slope)
 

@@ -283,9 +283,9 @@ def by_torch_func(case: Case) -> torch.Tensor:
     """``torch.func.hessian``, under ``vmap`` for a batch."""
     reseed()
     if not case.batched:
-        return torch.func.hessian(for_each_entry(case.function))(case.x)
+        return torch.func.hessian(case.function)(case.x)
     assert case.alone is not None
-    return torch.func.vmap(torch.func.hessian(for_each_entry(case.alone)))(case.x)
+    return torch.func.vmap(torch.func.hessian(case.alone))(case.x)
 
 
 def judge(
