@@ -129,6 +129,10 @@ def written(x):
     return y.sum(1)
 
 
+def scattered(x):
+    return x.masked_scatter(x <= 0, x[x <= 0].exp()).sin().sum(1)
+
+
 def counted(x):  # a Python number of each sample
     return torch.stack([(s * int((s > 0).sum())).sin().sum() for s in x])
 
@@ -151,7 +155,19 @@ def unique(x):
 
 
 VARYING = {
-    f.__name__: f for f in (boolean, rows, where, selected, written, counted, steps, branch, unique)
+    f.__name__: f
+    for f in (
+        boolean,
+        rows,
+        where,
+        selected,
+        written,
+        scattered,
+        counted,
+        steps,
+        branch,
+        unique,
+    )  # fmt: skip
 }
 
 
