@@ -154,21 +154,10 @@ def unique(x):
     return torch.stack(each)
 
 
-VARYING = {
-    f.__name__: f
-    for f in (
-        boolean,
-        rows,
-        where,
-        selected,
-        written,
-        scattered,
-        counted,
-        steps,
-        branch,
-        unique,
-    )  # fmt: skip
-}
+_FUNCTIONS = (
+    boolean, rows, where, selected, written, scattered, counted, steps, branch, unique,
+)  # fmt: skip
+VARYING = {f.__name__: f for f in _FUNCTIONS}
 
 
 def energy(cutoff):
