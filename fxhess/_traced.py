@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,81 @@ def constants() -> Any:
     """What holds the tensors of the trace under way, as attributes."""
     mode: Any = get_proxy_mode()
     return mode.tracer.root
+
+
+# --- notes on traced tensors --------------------------------------------------------------------
+
+
+def _notes(kind: str) -> dict[Any, torch.Tensor]:
+    """What is noted in the trace under way, which they live as long as; nothing outside of one."""
+    tracer = getattr(get_proxy_mode(), "tracer", None)
+    return {} if tracer is None else vars(tracer).setdefault(f"_fxhess {kind}", {})
+
+
+def _slot(tensor: Any) -> fx.Node | None:
+    mode: Any = get_proxy_mode()
+    if mode is None or not isinstance(tensor, torch.Tensor):
+        return None
+    slot = get_proxy_slot(tensor, mode.tracer, None)
+    return None if slot is None else slot.proxy.node
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two traced tensors are the same value."""
+    node = _slot(a)
+    return node is not None and node is _slot(b)
+
+
+def note(tensor: torch.Tensor, kind: str, what: torch.Tensor, op: Any = None) -> None:
+    """Note another tensor of the trace at this one, or at ``op`` of it."""
+    node = _slot(tensor)
+    if node is not None:
+        _notes(kind)[node if op is None else (op, node)] = what
+
+
+def followed(
+    tensor: Any, kind: str, step: Callable[[Any, torch.Tensor, tuple[Any, ...]], Any]
+) -> torch.Tensor | None:
+    """What is noted at the tensor, or at one that it was made of: then what ``step(op, noted,
+    rest)`` makes of it, for every operation ``op(that, *rest)`` in between; None where it makes
+    nothing."""
+    known = _notes(kind)
+    node = _slot(tensor) if known else None
+    if node is not None and writes_in_place(node.graph):
+        return None  # what was noted may have been overwritten, through any view of it
+    path: list[tuple[Any, tuple[Any, ...]]] = []
+    what = None
+    while node is not None and what is None:
+        what = known.get(node)
+        if what is None:
+            first, *others = node.args or (None,)
+            rest = tuple(map(_value, others))
+            if node.kwargs or not isinstance(first, fx.Node) or _UNKNOWN in map(type, rest):
+                return None
+            path.append((node.target, rest))
+            what = known.get((node.target, first))
+            node = first
+    for op, rest in reversed(path):
+        what = None if what is None else step(op, what, rest)
+    return what
+
+
+class _UNKNOWN:
+    """No value, or none that is still there."""
+
+
+def _value(argument: Any) -> Any:
+    """A number or numbers as they are, a traced tensor by its node."""
+    if isinstance(argument, fx.Node):
+        mode: Any = get_proxy_mode()
+        if argument.op == "get_attr":
+            return getattr(mode.tracer.root, str(argument.target), _UNKNOWN())
+        tracked = mode.tracer.tensor_tracker.items()
+        found = (t for t, slot in tracked if slot.proxy.node is argument)
+        return next(found, _UNKNOWN())
+    if isinstance(argument, (list, tuple)):
+        return _UNKNOWN() if any(isinstance(a, fx.Node) for a in argument) else argument
+    return argument
 
 
 def ancestors(*nodes: fx.Node) -> set[fx.Node]:

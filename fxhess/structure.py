@@ -269,10 +269,12 @@ class Algebra:
         return s, self.arrived(s, places, shift)
 
     def unify(self, items: Sequence[Structured]) -> list[Structured]:
-        """The same ties on all: those that all have in common."""
+        """The same ties on all: those that all have in common, none where ranks differ."""
+        alike = len({len(s.ties) for s in items}) == 1
+        widest = max(items, key=lambda s: len(s.ties))
         common = [
-            first if all(s.ties[e] == first for s in items) else None
-            for e, first in enumerate(items[0].ties)
+            first if alike and all(s.ties[e] == first for s in items) else None
+            for e, first in enumerate(widest.ties)
         ]
         apart = [
             self.untie(s, [e for e, k in enumerate(s.ties) if k is not None and common[e] is None])
@@ -312,15 +314,14 @@ class Algebra:
         """Cores of one common size on every axis but the event axes ``own`` of each, for
         operations that do not broadcast (concatenation)."""
         cores = [self.tensor(s) for s in items]
-        rank = cores[0].ndim
         offset = len(items[0].free)
         result = []
         for s, core, mine in zip(items, cores, own, strict=True):
-            sizes: list[Any] = [-1] * rank
-            for axis in range(rank):
+            sizes: list[Any] = [-1] * core.ndim
+            for axis in range(core.ndim):
                 if axis - offset - self.nb in mine:
                     continue
-                full = max(c.val.shape[axis] for c in cores)
+                full = max(c.val.shape[axis] for c in cores if axis < c.ndim)
                 if core.val.shape[axis] != full:
                     batch = offset <= axis < offset + self.nb
                     sizes[axis] = self.batch_size(axis - offset) if batch else int(full)

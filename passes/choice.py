@@ -110,11 +110,12 @@ def _spread(
     level: torch.Tensor, output: Sequence[Label], target: Sequence[Label], event: Sequence[int]
 ) -> torch.Tensor:
     """Levels of an operand with the axes ``target``: the largest of its uses; a sum turns nothing
-    off."""
+    off, nor does an entry's use in several places."""
     if len(set(target)) != len(target):
         return torch.ones(tuple(event))
+    single = {a for a, n in zip(target, event, strict=True) if n == 1}
     for k in reversed(range(len(output))):
-        if output[k] not in target and level.shape[k] != 1:
+        if (output[k] not in target or output[k] in single) and level.shape[k] != 1:
             level = level.amax(k, keepdim=True)
             level = torch.where(level > 0, 1.0, 0.0)
     kept = [a for a in output if a in target]

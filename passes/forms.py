@@ -76,16 +76,23 @@ class Forms:
             )
             if callable(rule):
                 call = self.call(node)
-                rule = rule(call.y, *map(self._tensor, call.args), **call.kwargs)
+                rule = rule(call.y, *(self._tensor(a, call.y) for a in call.args), **call.kwargs)
             self._partials[key] = rule
         return self._partials[key]
 
-    def _tensor(self, value: Any) -> Any:
-        """A number that depends on the batch size as a tensor: dividing by 0 is no error then."""
-        if isinstance(value, Var) and not isinstance(value.val, torch.Tensor):
+    def _tensor(self, value: Any, y: Var) -> Any:
+        """A number that depends on the batch size as a tensor: dividing by 0 is no error then.
+        Integers, and numbers of fewer digits than the result's, in its type: 1 / 3 would be
+        single else."""
+        if not isinstance(value, Var):
+            return value
+        if not isinstance(value.val, torch.Tensor):
             like = self.algebra.like
             return self.algebra.emitter.call(torch.Tensor.new_full, like, (), value)
-        return value
+        exact = value.dtype in (y.dtype, torch.bool) or not y.dtype.is_floating_point
+        if exact or torch.promote_types(value.dtype, y.dtype) != y.dtype:
+            return value
+        return value.to(y.dtype)
 
     # --- labelled operations ------------------------------------------------------------------
 

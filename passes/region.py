@@ -19,7 +19,7 @@ from fxhess import _batched, _torch
 from fxhess._traced import ancestors
 from fxhess.capture import Captured
 from fxhess.emit import ORIGIN
-from fxhess.errors import FxhessError, Origin, UnsupportedOpError
+from fxhess.errors import FxhessError, Origin, SampleMixingError, UnsupportedOpError
 from fxhess.functions import called, differentiable
 
 _NOISE = (0.05, 1e-3)  # relative: how far the probe's samples are from those of x
@@ -115,6 +115,7 @@ class Probe:
             int(s) if getattr(s, "is_number", True) else next(free) for s in captured.sizes
         )
         self._noise = _NOISE if nb else (0.0, *_NOISE)
+        self._own = x.detach()
         self._xs = [self._sample(x, noise) for noise in self._noise]
         self._values: list[dict[fx.Node, Any]] = [{} for _ in self._noise]
 
@@ -160,6 +161,7 @@ class Probe:
             if all(bool(r.isfinite().all()) for r in results):
                 break
         if found is None:
+            self._refuse_fixed_size(region, failure)
             raise UnsupportedOpError(
                 f"{region.origin.op} has no rule, and trying it on samples near those of x failed: "
                 f"{' '.join(str(failure).split())[:200]}",
@@ -168,13 +170,32 @@ class Probe:
             ) from failure
         return found
 
+    def _refuse_fixed_size(self, region: Region, failure: Exception | None) -> None:
+        """What fails for another number of samples, but runs on those of x, is no operation of
+        single samples."""
+        sizes = tuple(self._own.shape[: len(self.sizes)])
+        if sizes == self.sizes:
+            return
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                region(self._operands(region, self._own.clone(), {}, False), sizes, False)
+        except Exception:
+            return
+        raise SampleMixingError(
+            "samples of the batch see each other: this operation takes no batch of another size"
+            f" ({' '.join(str(failure).split())[:200]})",
+            where=region.origin,
+            hint="compute each sample on its own, for a batch of any size",
+        ) from failure
+
     def _operands(
-        self, region: Region, x: torch.Tensor, values: dict[fx.Node, Any]
+        self, region: Region, x: torch.Tensor, values: dict[fx.Node, Any], resized: bool = True
     ) -> list[torch.Tensor]:
         if not values:
             places = [n for n in self.captured.graph_module.graph.nodes if n.op == "placeholder"]
             tensors = [t.detach() for t in self.captured.tensors]
-            values.update(zip(places, [x, *self._constants(), *tensors], strict=True))
+            constants = self._constants() if resized else self.captured.examples
+            values.update(zip(places, [x, *constants, *tensors], strict=True))
         for node in _ancestors(region.inputs):
             if node not in values:
                 args = fx.node.map_arg(node.args, values.__getitem__)

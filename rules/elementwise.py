@@ -15,6 +15,7 @@ import torch
 
 from fxhess.kinds import Call, Pointwise
 from fxhess.registry import aten, composite, elementwise, linear
+from fxhess.rules.roots import even_power, under_root
 
 LN2 = math.log(2)
 LN10 = math.log(10)
@@ -99,7 +100,9 @@ elementwise(
 )
 elementwise(aten.div.Scalar, lambda y, a, b: 1 / b)
 elementwise(aten.reciprocal.default, lambda y, x: -y * y, lambda y, x: 2 * y * y * y)
-elementwise(aten.sqrt.default, lambda y, x: 0.5 / y, lambda y, x: -0.25 / (x * y))
+elementwise(
+    aten.sqrt.default, lambda y, x: 0.5 / y, lambda y, x: -0.25 / (x * y), rewrite=under_root
+)
 elementwise(
     aten.rsqrt.default, lambda y, x: -0.5 * y * y * y, lambda y, x: 0.75 * y * y * y * y * y
 )
@@ -113,6 +116,9 @@ def _simple_power(self: torch.Tensor, exponent: float) -> Any:
         return torch.ones_like(self)
     if exponent == 1:
         return torch.ops.aten.alias.default(self)
+    square = even_power(self, exponent)
+    if square is not None:
+        return square
     if exponent == 2:
         return self * self
     if exponent == 0.5:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fxhess.registry import aten, composite, substitute
-from fxhess.rules.reductions import vector_norm
+from fxhess.rules.moments import vector_norm
 
 Maybe = torch.Tensor | None
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from fxhess.emit import Var
 from fxhess.kinds import Equation, broadcast_equation
 from fxhess.registry import aten, composite, multilinear, substitute
+from fxhess.rules.roots import squared_root
 from fxhess.rules.shape import event_size
 
 
@@ -31,7 +32,7 @@ def _equation(text: str) -> Any:
     return lambda arguments: equation
 
 
-multilinear(aten.mul.Tensor, _product)
+multilinear(aten.mul.Tensor, _product, rewrite=squared_root)
 multilinear(aten.mul.Scalar, _product)
 multilinear(aten.mm.default, _equation("ik,kj->ij"))
 

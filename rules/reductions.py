@@ -9,10 +9,25 @@ from typing import Any
 import torch
 
 from fxhess.kinds import Along, Call, Equation
-from fxhess.registry import aten, composite, linear, multilinear, smooth, zero
+from fxhess.registry import aten, composite, linear, multilinear, smooth, substitute, zero
 from fxhess.rules.shape import event_size
 
 Dims = int | Sequence[int] | None
+
+
+def dims_of(self: torch.Tensor, dim: Dims) -> list[int]:
+    """The axes that ``dim`` names: all where it names none."""
+    if isinstance(dim, int):
+        return [dim]
+    return list(dim) if dim else list(range(self.ndim))
+
+
+def terms_of(self: torch.Tensor, dims: Sequence[int]) -> int:
+    return math.prod(self.shape[d] for d in dims) if self.ndim else 1
+
+
+def squeezed(value: torch.Tensor, dims: Sequence[int], keepdim: bool) -> torch.Tensor:
+    return value if keepdim or not value.ndim else torch.squeeze(value, tuple(dims))
 
 
 # --- sums and means ---------------------------------------------------------------------------
@@ -54,142 +69,26 @@ def nansum(
 ) -> torch.Tensor:
     zeros = torch.zeros_like(self)
     return torch.sum(
-        torch.where(torch.isnan(self), zeros, self), _dims(self, dim), keepdim, dtype=dtype
+        torch.where(torch.isnan(self), zeros, self), dims_of(self, dim), keepdim, dtype=dtype
     )
 
 
-# --- moments ----------------------------------------------------------------------------------
-
-
-def _dims(self: torch.Tensor, dim: Dims) -> list[int]:
-    """The axes that ``dim`` names: all where it names none."""
-    if isinstance(dim, int):
-        return [dim]
-    return list(dim) if dim else list(range(self.ndim))
-
-
-def _terms(self: torch.Tensor, dims: Sequence[int]) -> int:
-    return math.prod(self.shape[d] for d in dims) if self.ndim else 1
-
-
-def _squeezed(value: torch.Tensor, dims: Sequence[int], keepdim: bool) -> torch.Tensor:
-    return value if keepdim or not value.ndim else torch.squeeze(value, tuple(dims))
-
-
-def sqrt_or_zero(value: torch.Tensor) -> torch.Tensor:
-    """The square root, with derivative 0 at 0 as PyTorch's norms have it."""
-    return torch.where(value == 0, 0.0, torch.sqrt(value))
-
-
-def _moments(
-    self: torch.Tensor, dim: Dims, correction: float, keepdim: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Variance and mean."""
-    dims = _dims(self, dim)
-    mean = torch.mean(self, dims, True)
-    rest = self - mean
-    n = _terms(self, dims) - correction
-    var = torch.sum(rest * rest, dims, True) / max(n, 0)
-    return _squeezed(var, dims, keepdim), _squeezed(mean, dims, keepdim)
-
-
-@composite(aten.var_mean.correction)
-def var_mean(
+@substitute(torch.nanmean, torch.Tensor.nanmean)
+def nanmean(
     self: torch.Tensor,
-    dim: Dims = None,
-    *,
-    correction: float | None = None,
-    keepdim: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _moments(self, dim, 1 if correction is None else correction, keepdim)
-
-
-@composite(aten.std_mean.correction)
-def std_mean(
-    self: torch.Tensor,
-    dim: Dims = None,
-    *,
-    correction: float | None = None,
-    keepdim: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    var, mean = var_mean(self, dim, correction=correction, keepdim=keepdim)
-    return sqrt_or_zero(var), mean
-
-
-@composite(aten.var.correction)
-def var(self: torch.Tensor, dim: Dims = None, **options: Any) -> torch.Tensor:
-    return var_mean(self, dim, **options)[0]
-
-
-@composite(aten.std.correction)
-def std(self: torch.Tensor, dim: Dims = None, **options: Any) -> torch.Tensor:
-    return sqrt_or_zero(var_mean(self, dim, **options)[0])
-
-
-# --- norms ------------------------------------------------------------------------------------
-
-
-@composite(aten.linalg_vector_norm.default)
-def vector_norm(
-    self: torch.Tensor,
-    ord: float = 2,
     dim: Dims = None,
     keepdim: bool = False,
     *,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """``(sum |x|^p)^(1/p)``.  Where it is not differentiable, the derivatives are 0: at an entry
-    that is 0 (p < 2, where |x|^p has a kink) and at the zero vector."""
-    x = self if dtype is None else self.to(dtype)
-    dims = _dims(x, dim)
-    if ord == 2:
-        return sqrt_or_zero(torch.sum(x * x, dims, keepdim))
-    if ord == 0:
-        return torch.sum((x != 0).to(x.dtype), dims, keepdim)
-    size = torch.abs(x)
-    if ord == 1:
-        return torch.sum(size, dims, keepdim)
-    if math.isinf(ord):
-        return (torch.amax if ord > 0 else torch.amin)(size, dims, keepdim)
-    if ord < 0:
-        none = torch.any(x == 0, dims, keepdim)
-        return torch.where(
-            none, 0.0, torch.pow(torch.sum(torch.pow(size, ord), dims, keepdim), 1 / ord)
-        )
-    total = torch.sum(_pow_or_zero(size, ord), dims, keepdim)
-    return _pow_or_zero(total, 1 / ord)
-
-
-def _pow_or_zero(value: torch.Tensor, exponent: float) -> torch.Tensor:
-    """A positive power of what is not negative, with derivatives 0 at 0."""
-    return torch.where(value == 0, 0.0, torch.pow(value, exponent))
-
-
-@composite(aten.norm.Scalar)
-def norm(self: torch.Tensor, p: float = 2) -> torch.Tensor:
-    return vector_norm(self, p)
-
-
-@composite(aten.norm.ScalarOpt_dtype)
-def norm_dtype(self: torch.Tensor, p: float | None, *, dtype: torch.dtype) -> torch.Tensor:
-    return vector_norm(self, 2 if p is None else p, dtype=dtype)
-
-
-@composite(aten.norm.ScalarOpt_dim, aten.norm.ScalarOpt_dim_dtype)
-def norm_dim(
-    self: torch.Tensor,
-    p: float | None,
-    dim: Dims,
-    keepdim: bool = False,
-    *,
-    dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    return vector_norm(self, 2 if p is None else p, dim, keepdim, dtype=dtype)
-
-
-@composite(aten.dist.default)
-def dist(self: torch.Tensor, other: torch.Tensor, p: float = 2) -> torch.Tensor:
-    return vector_norm(self - other, p)
+    """A mean over samples is a sum of theirs over how many there are, but for entries that are NaN,
+    which make every sample's share depend on the others: a decision by values."""
+    dims = dims_of(self, dim)
+    over_samples = any(isinstance(self.shape[d], torch.SymInt) for d in dims if self.ndim)
+    if over_samples and not bool(torch.isnan(self).any()):
+        return torch.mean(self, dims, keepdim, dtype=dtype)
+    total = torch.nansum(self, dims, keepdim, dtype=dtype)
+    return total / torch.sum(~torch.isnan(self.detach()), dims, keepdim)
 
 
 # --- logarithms of sums -----------------------------------------------------------------------
@@ -204,17 +103,17 @@ def finite_peak(self: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
 
 def logsumexp(self: torch.Tensor, dim: Dims, keepdim: bool = False) -> Any:
     """One axis after the other, and kept; of complex numbers by exponentials."""
-    dims = _dims(self, dim)
+    dims = dims_of(self, dim)
     if self.is_complex():
         peak = finite_peak(self, dims)
         total = torch.sum(torch.exp(self - peak), dims, True)
-        return _squeezed(torch.log(total) + peak, dims, keepdim)
+        return squeezed(torch.log(total) + peak, dims, keepdim)
     if len(dims) == 1 and keepdim and self.ndim and self.is_floating_point():
         return NotImplemented
     y = self if self.is_floating_point() else self.to(torch.get_default_dtype())
     for k in dims if self.ndim else ():
         y = torch.logsumexp(y, [k], True)
-    return _squeezed(y, dims, keepdim)
+    return squeezed(y, dims, keepdim)
 
 
 def _shares(call: Call) -> Any:
@@ -301,7 +200,7 @@ def min_all(self: torch.Tensor) -> torch.Tensor:
 def aminmax(
     self: torch.Tensor, *, dim: int | None = None, keepdim: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    dims = _dims(self, dim)
+    dims = dims_of(self, dim)
     return torch.amin(self, dims, keepdim), torch.amax(self, dims, keepdim)
 
 
@@ -324,7 +223,7 @@ def prod_dim(
         pairs = torch.narrow(x, dim, 0, half) * torch.narrow(x, dim, half, half)
         x = torch.cat([pairs, torch.narrow(x, dim, n - 1, 1)], dim) if n % 2 else pairs
         n -= half
-    return _squeezed(x, [dim], keepdim)
+    return squeezed(x, [dim], keepdim)
 
 
 @composite(aten.prod.default)
@@ -378,7 +277,7 @@ for op in (
 
 @composite(aten.count_nonzero.default)
 def count_nonzero(self: torch.Tensor, dim: int | None = None) -> torch.Tensor:
-    return aten.count_nonzero.dim_IntList(self, _dims(self, dim))
+    return aten.count_nonzero.dim_IntList(self, dims_of(self, dim))
 
 
 @composite(aten.any.default)

@@ -266,6 +266,17 @@ linear(
 )
 
 
+@composite(aten.masked_scatter.default)
+def masked_scatter(self: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """Each entry of the mask takes what its number among them names."""
+    self, mask = torch.broadcast_tensors(self, mask)
+    if not source.numel():
+        return self.clone()
+    number = torch.cumsum(mask.reshape(-1).to(torch.long), 0) - 1
+    written = torch.gather(source.reshape(-1), 0, number.clamp(min=0))
+    return torch.where(mask, written.reshape(self.shape), self)
+
+
 @composite(aten.scatter.reduce, aten.scatter.value_reduce)
 def scatter_with(
     self: torch.Tensor,

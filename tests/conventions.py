@@ -1,6 +1,16 @@
-"""What stands above the rows of docs/conventions.md, and how their numbers are written."""
+"""What stands above the rows of docs/conventions.md, what a row is, and how numbers are written."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+D = torch.float64
+Z4 = (0.0,) * 4
+Z9 = (0.0,) * 9
+SMOOTH = "the function is smooth there; this is its derivative"
 
 INTRODUCTION = """# Conventions
 
@@ -15,8 +25,9 @@ functions of eigenvectors where eigenvalues repeat, below.
 Every row is a test, from one list (`tests/edges.py`); the table is written by
 `python -m tests.edges --write docs/conventions.md`{version}.
 
-Functions of a norm, such as its square, take the norm's derivatives at 0: write `(x * x).sum()`,
-not `x.norm() ** 2`, where x may be 0.
+A norm, a standard deviation or a square root to an even power is smooth where it is 0, and has the
+derivatives of what is under the root, also where it was reshaped or multiplied by a factor before.
+Other even functions of a norm (its cosine) take the norm's own derivatives at 0.
 
 Functions of eigenvalues or singular values that are smooth where these repeat (a sum of squares, a
 log-determinant: all that treat equal ones alike) have their derivatives there: the quotients
@@ -32,6 +43,35 @@ bfloat16 inside `torch.autocast("cpu", torch.bfloat16)`, float64 where float64 w
 float32 x. x itself is real and of 64, 32 or 16 bits; what happens inside may be complex, the result
 not.
 """
+
+
+@dataclass(frozen=True)
+class Row:
+    """A function ``[B, n] -> [B]`` at a point ``x: [n]``, and its gradient and Hessian (rows in one
+    list) by the convention; ``why``, where PyTorch's double backward gives something else."""
+
+    place: str
+    function: Callable[[torch.Tensor], torch.Tensor]
+    x: tuple[float, ...]
+    gradient: tuple[float, ...]
+    hessian: tuple[float, ...]
+    why: str = ""
+
+
+def total(f: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: f(x).reshape(x.shape[0], -1).sum(1)
+
+
+def one(
+    place: str,
+    f: Callable[[torch.Tensor], torch.Tensor],
+    x: float,
+    first: float,
+    second: float,
+    why: str = "",
+) -> Row:
+    """A function of one variable."""
+    return Row(place, total(f), (x,), (first,), (second,), why)
 
 
 def show(numbers: object) -> str:

@@ -11,7 +11,6 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,39 +18,10 @@ import torch.nn.functional as F
 
 import fxhess
 from fxhess import oracle
-from tests.conventions import INTRODUCTION, show
+from tests.conventions import INTRODUCTION, SMOOTH, Z4, Z9, D, Row, one, show, total
+from tests.squares import ROOTS
 
 INF, NAN = math.inf, math.nan
-D = torch.float64
-
-
-@dataclass(frozen=True)
-class Row:
-    """A function ``[B, n] -> [B]`` at a point ``x: [n]``, and its gradient and Hessian (rows in one
-    list) by the convention; ``why``, where PyTorch's double backward gives something else."""
-
-    place: str
-    function: Callable[[torch.Tensor], torch.Tensor]
-    x: tuple[float, ...]
-    gradient: tuple[float, ...]
-    hessian: tuple[float, ...]
-    why: str = ""
-
-
-def total(f: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: f(x).reshape(x.shape[0], -1).sum(1)
-
-
-def one(
-    place: str,
-    f: Callable[[torch.Tensor], torch.Tensor],
-    x: float,
-    first: float,
-    second: float,
-    why: str = "",
-) -> Row:
-    """A function of one variable."""
-    return Row(place, total(f), (x,), (first,), (second,), why)
 
 
 def matrix(f: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -64,9 +34,6 @@ def matrix(f: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor]
     return function
 
 
-Z4 = (0.0,) * 4
-Z9 = (0.0,) * 9
-SMOOTH = "the function is smooth there; this is its derivative"
 SUB = "0 is taken: the subgradient that PyTorch documents, for both orders"
 LEAK = "what is not chosen does not count; 0·inf there"
 PUT = "what is constant has no derivative; inf·0 there"
@@ -333,6 +300,7 @@ SECTIONS = {
     "Ties": TIES,
     "Ends of domains, and what is not chosen": ENDS,
     "Norms, normalizations and products": NORMS,
+    "Squares of roots": ROOTS,
     "Far tails": TAILS,
     "Matrices": MATRICES,
 }

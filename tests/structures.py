@@ -129,6 +129,10 @@ def written(x):
     return y.sum(1)
 
 
+def scattered(x):
+    return x.masked_scatter(x <= 0, x[x <= 0].exp()).sin().sum(1)
+
+
 def counted(x):  # a Python number of each sample
     return torch.stack([(s * int((s > 0).sum())).sin().sum() for s in x])
 
@@ -150,9 +154,10 @@ def unique(x):
     return torch.stack(each)
 
 
-VARYING = {
-    f.__name__: f for f in (boolean, rows, where, selected, written, counted, steps, branch, unique)
-}
+_FUNCTIONS = (
+    boolean, rows, where, selected, written, scattered, counted, steps, branch, unique,
+)  # fmt: skip
+VARYING = {f.__name__: f for f in _FUNCTIONS}
 
 
 def energy(cutoff):

@@ -84,6 +84,32 @@ def test_beside_the_batch_is_not(name):
     torch.testing.assert_close(fxhess.transform(model)(x), expected)
 
 
+def test_an_operation_that_takes_no_other_batch_is_refused_by_name():
+    """Also one without a rule, of which nothing can be tried with fewer samples."""
+    x = torch.randn(7, 4, dtype=torch.float64)
+    with pytest.raises(SampleMixingError, match="no batch of another size"):
+        fxhess.transform(lambda x: torch.linalg.householder_product(x, x.new_ones(4)).sum())(x)
+
+
+def test_a_mean_of_what_is_no_nan_over_samples():
+    """A plain sum over how many they are; what one NaN makes of it depends on all samples."""
+
+    def model(x):
+        return torch.nanmean(x.exp().prod(1))
+
+    x = torch.randn(5, 4, dtype=torch.float64)
+    got = fxhess.transform(model, ("value", "hessian"))(x)
+    whole = torch.autograd.functional.hessian(model, x)
+    torch.testing.assert_close(got.hessian, torch.stack([whole[i, :, i] for i in range(5)]))
+    torch.testing.assert_close(got.value, model(x))
+    x[1, 2] = torch.nan
+    with pytest.raises(SampleMixingError):
+        fxhess.transform(model)(x)
+    for mixed in (lambda x: x * x.nanmean(0), lambda x: torch.nanmean(x).tanh()):
+        with pytest.raises(SampleMixingError):
+            fxhess.transform(mixed)(torch.randn(5, 4))
+
+
 def test_an_index_that_does_not_count_the_samples_is_refused():
     x = torch.randn(5, 4)
     with pytest.raises(SampleMixingError):

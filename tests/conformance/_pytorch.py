@@ -18,7 +18,9 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 MAX_ENTRIES = 60  # of x: the referee takes one backward for each
@@ -27,11 +29,6 @@ DRAWS = 42  # of numbers that are drawn at a call: as some entries of the tables
 WAYS = ("none", "same", "all", "own axis")
 # It reads memory that is not its own where the sizes of its operands do not fit (torch 2.13).
 WHOLE = {"lu_unpack"}
-# Left out: (name, part of the label), and why.
-LEFT_OUT = {
-    ("nn.functional.rrelu", "training=True"): "random: PyTorch draws a number for each negative"
-    " entry, fxhess one for each entry; that all orders share them is in `tests/test_edges.py`",
-}
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,6 @@ class Entry:
         """The first ``limit`` uses, spread over what the table offers."""
         seed_all()
         found = [u for u in self.source() if u is not None]
-        found = [u for u in found if not any(self.name == n and t in u.label for n, t in LEFT_OUT)]
         if self.name in WHOLE:
             found = [replace(u, ways=("all",)) for u in found]
         step = max(1, len(found) // limit)
@@ -83,6 +79,32 @@ def reseed() -> None:
     """PyTorch's own numbers from the start, on the CPU alone: ``torch.manual_seed`` takes a
     millisecond where there is no accelerator."""
     torch.random.default_generator.manual_seed(DRAWS)
+
+
+class ForEachEntry(TorchFunctionMode):
+    """PyTorch's functions that draw a number only for some entries, by their values, drawing one
+    for every entry instead: so that what a sample gets does not depend on the others, and that
+    double backward sees the numbers that fxhess does."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.rrelu and _trains(*args, **kwargs):
+            return _rrelu(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _trains(
+    input: Any, lower: Any = 0, upper: Any = 0, training: bool = False, inplace: Any = False
+) -> bool:
+    return training
+
+
+def _rrelu(
+    input: torch.Tensor, lower: float = 1 / 8, upper: float = 1 / 3, *_: Any, **__: Any
+) -> torch.Tensor:
+    """In training, as documented."""
+    slope = lower + (upper - lower) * torch.rand(input.shape, dtype=input.dtype)
+    return torch.where(input >= 0, input, input * slope)
 
 
 def entries() -> list[Entry]:

@@ -21,7 +21,7 @@ from torch import nn
 import fxhess
 from fxhess import oracle
 
-from ._pytorch import reseed
+from ._pytorch import ForEachEntry, reseed
 from .cases import Case, Function, is_symmetric, seeded
 
 DIFFERENCES = 1e-5  # what central differences are good for
@@ -52,7 +52,7 @@ class Referee:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.function = seeded(case.function)
+        self.function = for_each_entry(seeded(case.function))
         x = case.x.clone().requires_grad_()
         count = x.shape[0] if case.batched else 1
         n = x.numel() // count
@@ -236,6 +236,16 @@ def _along_symmetric(h: torch.Tensor, rank: int) -> torch.Tensor:
     """The form on symmetric matrices alone: the mean over transposing either argument."""
     h = h + h.transpose(-1, -2)
     return (h + h.transpose(-rank - 1, -rank - 2)) / 4
+
+
+def for_each_entry(function: Function) -> Function:
+    """The function, drawing numbers as :class:`ForEachEntry` does."""
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        with ForEachEntry():
+            return function(x)
+
+    return run
 
 
 def oracle_attention() -> contextlib.AbstractContextManager[object]:

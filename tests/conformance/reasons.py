@@ -21,18 +21,6 @@ REASONS: tuple[tuple[str, str, str], ...] = (
         "*",
         "no double backward: its backward has no derivative in PyTorch",
     ),
-    (
-        "linalg.householder_product",
-        "mixing",
-        "refused, under another name (`UnsupportedOpError`): it takes no other batch size to be"
-        " tried with",
-    ),
-    (
-        "nanmean",
-        "batched",
-        "rightly refused: one mean over all samples, by the number of entries that are no NaN in"
-        " any of them; alike only as long as there are none",
-    ),
 )
 
 

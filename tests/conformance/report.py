@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ._pytorch import LEFT_OUT
 from .reasons import reason
 from .records import KINDS, Record
 
@@ -85,8 +84,6 @@ def page(records: Sequence[Record]) -> str:
     for name, kind, verdict, detail in exceptions(records):
         why = reason(name, kind) or f"unexplained: {detail[:200]}"
         lines.append(f"| `{name}` | {kind} | {verdict} | {_cell(why)} |")
-    for (name, label), why in LEFT_OUT.items():
-        lines.append(f"| `{name}` | {label} | left out | {_cell(why)} |")
     lines += ["", "## Where `torch.func.hessian` is not right", ""]
     for verdict, text in (("wrong", "Another number, no error"), ("fails", "An error")):
         names = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 
 from fxhess.testing import Sample
 
@@ -81,6 +82,7 @@ SAMPLES = [
     Sample("where one row", lambda x: torch.where(x[:, :1] > 0, x.sin(), W), BOX),
     Sample("where grown", lambda x: torch.where(x[:, :, None] > x[:, None], x[:, None].sin(), 0.0)),
     Sample("where constants", lambda x: torch.where(x > 0, W, 0.0) * x),
+    Sample("one of all", lambda x: x.log_softmax(1) * F.one_hot(x.argmax(1), 4)),
     Sample("where inside", lambda x: torch.where(x > 0, torch.log(torch.where(x > 0, x, 1.0)), x)),
     Sample("masked_fill", lambda x: x.sin().masked_fill(x > 0, 0.1)),
     Sample("masked_fill constant", lambda x: x.sin().masked_fill(W > 0, -math.inf).exp()),

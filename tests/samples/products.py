@@ -50,6 +50,17 @@ ELEMENTS = [
     Sample("mul of three", lambda x: x * x.sin() * x.cos()),
 ]
 
+# Their derivatives have all digits of the result, not those of the integers' own quotients.
+COUNT = torch.tensor([3, 7, 11, 13])
+COUNTS = [
+    Sample("div by integers", lambda x: x.sin() / COUNT),
+    Sample("div by a count", lambda x: x.sin().sum(-1) / (x > -10).sum(-1) / COUNT[:1]),
+    Sample("div of integers", lambda x: COUNT / (2 + x.sin())),
+    Sample("div by floats of fewer bits", lambda x: x.sin() / (COUNT / 3).float()),
+    Sample("power of integers", lambda x: COUNT ** x.sin()),
+    Sample("atan2 of integers", lambda x: torch.atan2(x.sin(), COUNT)),
+]
+
 MATRICES = [
     Sample("mm", lambda x: x @ MATRIX),
     Sample("mm of higher rank", lambda x: x @ MATRIX, BOX),
@@ -173,4 +184,4 @@ REPEATED = [
     ),
 ]
 
-SAMPLES = [*UNBATCHED, *ELEMENTS, *MATRICES, *EQUATIONS, *DISTANCES, *REPEATED]
+SAMPLES = [*UNBATCHED, *ELEMENTS, *COUNTS, *MATRICES, *EQUATIONS, *DISTANCES, *REPEATED]

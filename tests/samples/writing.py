@@ -209,6 +209,8 @@ UNBATCHED = [
         lambda x: x.sum().index_copy(0, torch.tensor(0), x[0].exp()),
         batch=None,
     ),
+    Sample("masked_scatter", lambda x: x.sin().masked_scatter(x > 0, x.exp()), BOX, batch=None),
+    Sample("masked_scatter rows", lambda x: x.masked_scatter(x[:1] > 0, x * x), BOX, batch=None),
     Sample("index_add of one", lambda x: x.index_add(0, torch.tensor(1), x[:1].exp()), batch=None),
 ]
 
