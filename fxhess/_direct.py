@@ -164,7 +164,8 @@ class Direct:
             made = result if isinstance(result, (tuple, list)) else (result,)
             several.append(args[len(args) - self._written :] if self._written else made)
         for plain, own in zip(*several, strict=True):
-            limit = _AGREES[plain.dtype] * float(plain.nan_to_num(0, 0, 0).abs().max())
+            largest = float(plain.nan_to_num(0, 0, 0).abs().max()) if plain.numel() else 0.0
+            limit = _AGREES[plain.dtype] * largest
             if own.shape != plain.shape or not torch.allclose(own, plain, 0, limit, equal_nan=True):
                 _log.warning("compiled code that does not agree with the program is not used")
                 return False

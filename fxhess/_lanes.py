@@ -31,6 +31,10 @@ _FUNCTIONS = (
     "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "erf", "erfc", "lgamma",
 )  # fmt: skip
 _ERRORS = {"erfc": 15}
+_FAILURES = {
+    1: MemoryError("no room for the values of a few samples"),
+    2: IndexError("an index is out of range"),
+}
 # Loops are over vectors already: to look for more takes a compiler most of its time.
 _FLAGS = ("-O2", "-fno-tree-vectorize")
 _SUFFIX = {torch.float32: ("f", 4), torch.float64: ("d", 8)}
@@ -91,8 +95,9 @@ def compiled(
         samples = x.shape[0]
         results = [x.new_empty((samples, *shape)) for shape in shapes]
         pointers = pointers_of(*[t.data_ptr() for t in (*args, *results)])
-        if run(pointers, kept, samples, torch.get_num_threads()):
-            raise MemoryError("no room for a few samples' values")
+        failed = run(pointers, kept, samples, torch.get_num_threads())
+        if failed:
+            raise _FAILURES[failed]
         return tuple(results)
 
     call.constants = constants  # type: ignore[attr-defined]  # as long as the code lives

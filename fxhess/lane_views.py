@@ -20,6 +20,7 @@ from fxhess.lane_values import (
     parted,
     place,
     plus,
+    size,
     times,
     view,
 )
@@ -211,6 +212,7 @@ def _index_select(lanes: Lanes, value: Value, dim: int, index: Value) -> Value:
     d = dim % len(value.axes)
     if not isinstance(value.axes[d], int) or index.lanes or index.work:
         raise NoLanesError("an index along the batch, or of each sample")
+    lanes.check(index, size(value.axes[d]))
     value = lanes.stored(value) if value.work else value
     axes = [*value.axes[:d], index.count, *value.axes[d + 1 :]]
     return view(value, axes, lambda i: [*i[:d], index.at((i[d],)), *i[d + 1 :]])

@@ -279,6 +279,13 @@ class Lanes:
             self._fill(view(result, own, way), widened(value, own))
         return result
 
+    def check(self, index: Value, n: int) -> None:
+        """Have a call fail where an entry of the index is none of n."""
+        part = self.code.shared
+        entry = index.at(self.code.open(part, index.sizes))
+        part.lines.append(f"if ({entry} < 0 || {entry} >= {n}) return OUTSIDE;")
+        self.code.close(part, index.sizes)
+
     def filled(self, axes: Sequence[Axis], value: Any) -> Value:
         """The same number everywhere."""
         text = number(value)
@@ -327,7 +334,7 @@ class Lanes:
 
     def source(self, header: str) -> str:
         """The program in C++: ``run(pointers, constants, samples, threads)``, with pointers to
-        inputs and results; gives 0, or 1 where there is no room."""
+        inputs and results; gives 0, 1 where there is no room, 2 where an index is out of range."""
         code = self.code
         shared, block = ("\n  ".join(part.lines) for part in (code.shared, code.block))
         return f"""typedef {_KINDS[self.dtype]} T;
@@ -338,8 +345,9 @@ static void block(void* const* p, void* const* k, T* shared, T* packed, V* own, 
   {block}
 }}
 
-static void once(void* const* p, void* const* k, T* shared, T* packed, int threads) {{
+static int once(void* const* p, void* const* k, T* shared, T* packed, int threads) {{
   {shared}
+  return 0;
 }}
 
 static size_t packs() {{ return {code.panels}; }}

@@ -360,6 +360,10 @@ class HessianModule(nn.Module):
             notes += found.notes()
             inputs = found.shown(call)
         detached = replace(call, x=call.x.detach())
+        if self.running.compile:
+            self.results(detached)
+            way = "as one function, one sample a lane" if binding.program.in_lanes else "by tiles"
+            notes.append(f"compiled {way}")
         return Explanation.of(
             binding.program, [*inputs, *binding.read()], self.programs.options(call),
             lambda: self.results(detached), notes, self.running,

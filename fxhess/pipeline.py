@@ -117,6 +117,13 @@ class Program:
                 hint="torch.no_grad(), or weights that do not require grad" if wanted else "",
             )
 
+    @property
+    def in_lanes(self) -> bool:
+        """Whether compiled calls have run as one function, one sample a lane."""
+        execution = self.__dict__.get("execution")
+        ways = (self.__dict__.get("direct"), execution and execution.__dict__.get("compiled"))
+        return any(getattr(way, "whole", False) for way in ways)
+
     @cached_property
     def compiled(self) -> Callable[..., Any]:
         """The whole program, compiled at its first call."""

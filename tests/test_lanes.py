@@ -170,6 +170,35 @@ def test_a_module_compiled_by_itself_takes_it_and_follows_the_weights():
     assert torch.allclose(hess(x, out=out), plain(x), atol=1e-12)
 
 
+class Pick(nn.Module):
+    """A model that chooses entries."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("index", torch.tensor([2, 0, 2]))
+
+    def forward(self, x):
+        return (x.index_select(-1, self.index).sin() * x).sum(-1)
+
+
+def test_indices_are_checked_at_each_call():
+    model = Pick()
+    hess = fxhess.transform(model)
+    x = randn(4, 3)
+    code, rest = lanes_of(hess, x)
+    (got,) = code([x, *rest])
+    assert torch.allclose(got, hess(x), atol=1e-12)
+    model.index[1] = 3
+    with pytest.raises(IndexError, match="out of range"):
+        code([x, *rest])
+
+
+def test_explain_says_how_it_was_compiled():
+    net = models.tanh_net(3, 32, 32, 1).double().requires_grad_(False)
+    notes = fxhess.transform(net, compile=True).explain(randn(300, 3)).notes
+    assert "compiled as one function, one sample a lane" in notes
+
+
 def test_code_that_does_not_agree_is_not_used(monkeypatch):
     said = []
     monkeypatch.setattr("fxhess._direct._log.warning", lambda *words: said.append(words))

@@ -350,15 +350,16 @@ static void store(const V* packs, long n, T* out, long stride, long first, long 
 
 INLINE void* room(size_t bytes) { return std::aligned_alloc(64, (bytes + 127) / 64 * 64); }
 
-// What all samples share once, then a few samples at a time, by a team of threads; 1: no room.
+constexpr int NO_ROOM = 1, OUTSIDE = 2;
+
+// What all samples share once, then a few samples at a time, by a team of threads.
 template <class Once, class Block>
 static int in_blocks(void* const* p, void* const* k, long samples, int threads, size_t shared_size,
                      size_t packed_size, size_t own_size, Once once, Block narrow, Block wide) {
   T* const shared = (T*)room(shared_size * sizeof(T));
   T* const packed = (T*)room(packed_size * sizeof(T));
-  int failed = !shared || !packed;
+  int failed = shared && packed ? once(p, k, shared, packed, threads) : NO_ROOM;
   if (!failed) {
-    once(p, k, shared, packed, threads);
     const int U = samples >= 4L * W * threads ? 2 : 1;
     const long step = U * W, blocks = (samples + step - 1) / step;
     const int team = (int)(blocks < threads ? blocks : threads);
@@ -367,7 +368,7 @@ static int in_blocks(void* const* p, void* const* k, long samples, int threads, 
       V* const own = (V*)room(own_size * U * sizeof(V));
       if (!own) {
         #pragma omp atomic write
-        failed = 1;
+        failed = NO_ROOM;
       }
       #pragma omp for schedule(dynamic, 1)
       for (long i = 0; i < blocks; i++)
