@@ -18,11 +18,12 @@ from fxhess.cache import lasting_key, programs
 from fxhess.capture import Captured
 from fxhess.checks import check_tensors, check_types
 from fxhess.errors import CaptureError, StructureWarning
-from fxhess.execute import Hoisted, Runner, Running, run_whole
+from fxhess.execute import Hoisted, Running, run_whole
 from fxhess.guards import Structure
 from fxhess.pipeline import Options, Program, compile_captured, key_of
 from fxhess.reads import transformed
 from fxhess.repeat import Repeat
+from fxhess.runner import Runner
 from fxhess.sources import Reader, Source, traced
 
 # Programs of one model for inputs of one shape, one for each structure seen.

@@ -3,11 +3,9 @@ a given memory, each tile writing into its rows of one preallocated result."""
 
 from __future__ import annotations
 
-import itertools
 import sys
-import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -170,16 +168,24 @@ class Execution:
 
     @cached_property
     def compiled(self) -> _running.Faster:
-        """The body, compiled at its first call, once for all sizes of tiles but 1; as it is where
+        """The body, compiled at its first call, once for all sizes of batches but 1; as it is where
         that turns out to be faster."""
+        return self._compiled(
+            lambda inputs: _lanes.compiled(
+                self.body.graph, inputs, self.batch_ndim, len(self.leads)
+            )
+        )
+
+    @cached_property
+    def compiled_tiles(self) -> _running.Faster:
+        """The same, with the memory that a tile is known to take."""
+        return self._compiled(None)
+
+    def _compiled(self, other: Callable[..., Any] | None) -> _running.Faster:
         body = _kept.module_of(for_compiler(self.body.graph), "CompiledBody")
         fast = _running.compiled(body, self.batch_ndim, self.given)
         if not self.given and not any(self.leads):
-            written = len(self.leads)
-            fast = Direct(
-                body, self.batch_ndim, fast, written,
-                lambda inputs: _lanes.compiled(self.body.graph, inputs, self.batch_ndim, written),
-            )  # fmt: skip
+            fast = Direct(body, self.batch_ndim, fast, len(self.leads), other)
         return _running.Faster(fast, self.body.forward)
 
     def __call__(
@@ -207,9 +213,11 @@ class Execution:
             return list(out)
         hoisted = self._prologue(x, tensors, kept)
         body: Callable[..., Any] = self.body.forward
-        if running.compile:
+        if running.compile and running.max_memory is not None:
+            body = self.compiled_tiles
+        elif running.compile:
             body = self.compiled
-            if self.compiled.whole and running.max_memory is None:
+            if self.compiled.whole:
                 samples = max(1, batch[1:].numel())
                 step = max(step, _AT_ONCE // max(1, self.flops * samples))
         if not batch or step >= batch[0]:
@@ -341,53 +349,3 @@ def run_whole(
     """All results of the plain program."""
     result = module(x, *given, *tensors)
     return list(result) if isinstance(result, tuple) else [result]
-
-
-# --- as one operator, for programs that a compiler traces --------------------------------------
-
-
-@dataclass(eq=False)
-class Runner:
-    """An execution with one model's hoisted values, as the operator finds it by number."""
-
-    execution: Execution
-    kept: Hoisted
-    number: int = field(default_factory=itertools.count().__next__)
-
-    def __post_init__(self) -> None:
-        _runners[self.number] = self
-
-    def traced(
-        self,
-        x: torch.Tensor,
-        given: Sequence[torch.Tensor],
-        tensors: Sequence[torch.Tensor],
-    ) -> list[torch.Tensor]:
-        """All results, as one call in the graph of whoever traces."""
-        return list(torch.ops.fxhess.derivatives(x, list(given), list(tensors), self.number))
-
-
-_runners: weakref.WeakValueDictionary[int, Runner] = weakref.WeakValueDictionary()
-
-
-def _derivatives(
-    x: torch.Tensor, given: list[torch.Tensor], tensors: list[torch.Tensor], runner: int
-) -> list[torch.Tensor]:
-    found = _runners[runner]
-    return found.execution(x, tensors, None, found.kept, Running(compile=True), given)
-
-
-def _derivatives_like(
-    x: torch.Tensor, given: list[torch.Tensor], tensors: list[torch.Tensor], runner: int
-) -> list[torch.Tensor]:
-    execution = _runners[runner].execution
-    batch = x.shape[: execution.batch_ndim]
-    return [x.new_empty(shape, dtype=dtype) for shape, dtype in execution.results(batch)]
-
-
-torch.library.define(
-    "fxhess::derivatives",
-    "(Tensor x, Tensor[] given, Tensor[] tensors, int runner) -> Tensor[]",
-)
-torch.library.impl("fxhess::derivatives", "CompositeExplicitAutograd", _derivatives)
-torch.library.register_fake("fxhess::derivatives", _derivatives_like)

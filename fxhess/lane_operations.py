@@ -25,7 +25,6 @@ _UNARY = {
     "sigmoid": "sigmoid_({0})",
     "isneginf": "number({0} == -std::numeric_limits<T>::infinity())",
     "logical_not": "number({0} == 0)",
-    "relu": "where(number({0} > 0), {0}, {0} * 0)",
 } | {
     name: name + "_({0})"
     for name in (
@@ -95,6 +94,10 @@ def _gelu(lanes: Lanes, a: Value, *, approximate: str = "none") -> Value:
         return lanes.pointwise("({0} * (T)0.5 * (1 + erf_({0} * (T)0.70710678118654752440)))", a)
     inner = "(T)0.79788456080286535588 * ({0} + (T)0.044715 * {0} * {0} * {0})"
     return lanes.pointwise(f"({{0}} * (T)0.5 * (1 + tanh_({inner})))", a)
+
+
+def _relu(lanes: Lanes, a: Value) -> Value:
+    return lanes.pointwise("maximum({0}, {1})", a, 0)
 
 
 def _silu(lanes: Lanes, a: Value) -> Value:
@@ -187,6 +190,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "clamp": _clamp,
     "where": _pointwise("where({0}, {1}, {2})"),
     "gelu": _gelu,
+    "relu": _relu,
     "silu": _silu,
     "sum": _sum,
     "mean": _mean,

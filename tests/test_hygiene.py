@@ -57,6 +57,7 @@ LAYERS = (
     {"passes", "rules"},
     {"kernels"},
     {"execute", "pipeline"},
+    {"runner"},
     {"serial"},
     {"cache", "explain", "listing", "page", "picture", "verify", "calibrate", "checks", "rows"},
     {"repeat"},

@@ -74,6 +74,9 @@ def test_tanh_everywhere():
         error = (got.double() - want).abs() / want.abs().clamp_min(1e-300)
         assert float(error.max()) <= units * torch.finfo(dtype).eps
         special = torch.tensor([[math.inf, -math.inf, math.nan, 0.0]], dtype=dtype)
+        relu = fxhess.transform(torch.relu, "value")
+        (got,) = lanes_of(relu, special)[0]([special])
+        assert torch.equal(got.nan_to_num(7, 8, 9), torch.relu(special).nan_to_num(7, 8, 9))
         (got,) = lanes_of(hess, special)[0]([special])
         assert torch.equal(got[0, [0, 1, 3]], torch.tensor([1.0, -1.0, 0.0], dtype=dtype))
         assert bool(got[0, 2].isnan())
@@ -191,6 +194,14 @@ def test_indices_are_checked_at_each_call():
     model.index[1] = 3
     with pytest.raises(IndexError, match="out of range"):
         code([x, *rest])
+
+
+def test_within_a_given_memory_tiles_are_compiled(monkeypatch):
+    monkeypatch.setattr(_lanes, "compiled", lambda *_: pytest.fail("takes memory of its own"))
+    net = models.tanh_net(6, 40, 40, 1).double().requires_grad_(False)
+    x = randn(40, 6)
+    got = fxhess.transform(net, compile=True, max_memory=12_000_000)(x)
+    assert torch.allclose(got, fxhess.transform(net)(x), atol=1e-12)
 
 
 def test_explain_says_how_it_was_compiled():
