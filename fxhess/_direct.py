@@ -60,7 +60,7 @@ class Direct:
     and writes its results into them with ``copy_``.  ``public`` does the same, for what cannot be
     compiled here.  ``other`` compiles it in another way, from inputs like those that it will take
     (None where it cannot): the faster of both is taken, tried on the first inputs; ``whole``:
-    whether that was the other one, which needs no tiles.
+    whether that was the other one, which needs no tiles.  With ``only``, there is no usual way.
     """
 
     def __init__(
@@ -70,8 +70,10 @@ class Direct:
         public: Callable[..., Any],
         written: int = 0,
         other: Callable[[Sequence[torch.Tensor]], Callable[..., Any] | None] | None = None,
+        only: bool = False,
     ) -> None:
         self.whole = False
+        self._only = only
         self._other = other
         self._module = module
         self._batch_ndim = batch_ndim
@@ -135,14 +137,14 @@ class Direct:
         if other is not None:
             best = _seconds(other, inputs)
             plain = _seconds(lambda args: self._module.forward(*args), inputs)
-        if other is None or plain < _TWICE * best:
+        if not self._only and (other is None or plain < _TWICE * best):
             usual = self._tried(
                 lambda given: _compiled(self._module, given, self._batch_ndim, self._written),
                 inputs,
             )
             if other is None or (usual is not None and _seconds(usual, inputs) < best):
                 return usual
-        self.whole = True
+        self.whole = other is not None
         return other
 
     @staticmethod
@@ -158,7 +160,7 @@ class Direct:
         """Whether the results are those of the plain way, but for rounding."""
         several = []
         for way in (lambda args: self._module.forward(*args), code):
-            args = [t.clone(memory_format=torch.preserve_format) for t in inputs]
+            args = _own_results(inputs, self._written)
             with torch.no_grad():
                 result = way(args)
             made = result if isinstance(result, (tuple, list)) else (result,)
@@ -170,6 +172,12 @@ class Direct:
                 _log.warning("compiled code that does not agree with the program is not used")
                 return False
         return True
+
+
+def _own_results(inputs: Sequence[torch.Tensor], written: int) -> list[torch.Tensor]:
+    """The inputs, with copies of those that are written."""
+    known = len(inputs) - written
+    return [*inputs[:known], *(t.clone() for t in inputs[known:])]
 
 
 def _seconds(code: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> float:
@@ -235,7 +243,7 @@ def _compiled(
     if shapes.guards:  # holds for some sizes only
         return None
     call = code.current_callable
-    copies = [t.clone(memory_format=torch.preserve_format) for t in inputs]
+    copies = _own_results(inputs, written)
     with torch.no_grad():
         got, want = call(list(copies)), several(*copies)
     if any(g.shape != w.shape or g.stride() != w.stride() or g.dtype != w.dtype

@@ -21,6 +21,7 @@ from fxhess.errors import CaptureError, StructureWarning
 from fxhess.execute import Hoisted, Running, run_whole
 from fxhess.guards import Structure
 from fxhess.pipeline import Options, Program, compile_captured, key_of
+from fxhess.progress import advance
 from fxhess.reads import transformed
 from fxhess.repeat import Repeat
 from fxhess.runner import Runner
@@ -128,7 +129,18 @@ class Binding:
             and execution is not None
             and (running.max_memory is not None or execution.worthwhile(x))
         ):
-            return execution(x, tensors, None, self.hoisted, running, given)
+
+            def apart() -> list[torch.Tensor]:
+                return execution(x, tensors, None, self.hoisted, running, given)
+
+            free = running.compile and running.max_memory is None and not given
+            samples = x.shape[: program.batch_ndim].numel()
+            free = free and 0 < samples <= execution.most_samples_at_once
+            if free and program.goes_at_once(x, tensors, apart):
+                results = run_whole(program.at_once, x, given, tensors)
+                advance(samples)
+                return results
+            return apart()
         if running.compile:
             return run_whole(program.compiled if wanted else program.direct, x, given, tensors)
         return run_whole(program.graph_module, x, given, tensors)
@@ -144,12 +156,14 @@ class Binding:
             return None
         program = self.program
         limit = sys.maxsize
+        run = program.direct if running.compile else program.graph_module.forward
         if program.execution is not None:
-            event = x.shape[program.batch_ndim :].numel()
-            limit = program.execution.most_samples_whole * event
+            most = program.execution.most_samples_whole
+            if running.compile and program.chosen_at_once and x.shape.numel() > 0:
+                run, most = program.at_once, program.execution.most_samples_at_once
+            limit = most * x.shape[program.batch_ndim :].numel()
         if x.numel() > limit:
             return None
-        run = program.direct if running.compile else program.graph_module.forward
         return Repeat.of(model, self.read, run, [x, *tensors], program.batch_ndim, limit)
 
 

@@ -110,6 +110,11 @@ class Execution:
         return (_WORTHWHILE - 1) // max(1, self.flops)
 
     @property
+    def most_samples_at_once(self) -> int:
+        """How many samples at most run without tiles where none are needed."""
+        return _AT_ONCE // max(1, self.flops)
+
+    @property
     def worth_a_call(self) -> bool:
         """Whether a compiler that meets it does better to call it as one operator."""
         return self.flops >= _WORTH_A_CALL and self.batch_ndim > 0
@@ -219,7 +224,7 @@ class Execution:
             body = self.compiled
             if self.compiled.whole:
                 samples = max(1, batch[1:].numel())
-                step = max(step, _AT_ONCE // max(1, self.flops * samples))
+                step = max(step, self.most_samples_at_once // samples)
         if not batch or step >= batch[0]:
             body(x, *given, *hoisted, *out)
         else:

@@ -19,7 +19,7 @@ from torch import fx
 import fxhess.rules  # noqa: F401  (fills the registry)
 from fxhess import _kept, _lanes, cost
 from fxhess._direct import Direct
-from fxhess._running import compiled
+from fxhess._running import compiled, fastest
 from fxhess.capture import Captured
 from fxhess.emit import VAL
 from fxhess.errors import InputError, Origin
@@ -83,6 +83,7 @@ class Program:
     steps: tuple[Step, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     one_size: bool = False  # whether it is for one size of the batch, which cannot be cut then
+    chosen_at_once: bool | None = None  # whether large compiled calls go at once; None: not tried
 
     @cached_property
     def fused(self) -> fx.GraphModule:
@@ -123,6 +124,30 @@ class Program:
         execution = self.__dict__.get("execution")
         ways = (self.__dict__.get("direct"), execution and execution.__dict__.get("compiled"))
         return any(getattr(way, "whole", False) for way in ways)
+
+    @cached_property
+    def at_once(self) -> Direct:
+        """The whole program, weights' work included, one sample a lane."""
+        return Direct(
+            self.fused, self.batch_ndim, lambda *args: self.compiled(*args), 0,
+            lambda inputs: _lanes.compiled(self.graph_module.graph, inputs, self.batch_ndim, 0),
+            True,
+        )  # fmt: skip
+
+    def goes_at_once(
+        self, x: torch.Tensor, tensors: Sequence[torch.Tensor], apart: Callable[[], Any]
+    ) -> bool:
+        """Whether :attr:`at_once` is faster than ``apart``, which does weights' work apart and
+        keeps some of it: tried at the first call, if what is left runs one sample a lane."""
+        if self.chosen_at_once is None:
+            apart()
+            self.chosen_at_once = False
+            if self.execution is not None and self.execution.compiled.whole:
+                self.at_once(x, *tensors)
+                if self.at_once.whole:
+                    once = fastest(lambda: self.at_once(x, *tensors))
+                    self.chosen_at_once = once < fastest(apart)
+        return self.chosen_at_once
 
     @cached_property
     def compiled(self) -> Callable[..., Any]:
