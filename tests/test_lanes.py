@@ -9,7 +9,7 @@ from torch import nn
 
 import fxhess
 from benchmarks import models
-from fxhess import _lanes, _running
+from fxhess import _direct, _lanes, _running
 from fxhess._direct import Direct
 
 SHAPES = (1, 2, 7, 8, 9, 33, 130)  # lanes are left over, and several threads have blocks
@@ -204,7 +204,9 @@ def test_within_a_given_memory_tiles_are_compiled(monkeypatch):
     assert torch.allclose(got, fxhess.transform(net)(x), atol=1e-12)
 
 
-def test_explain_says_how_it_was_compiled():
+def test_explain_says_how_it_was_compiled(monkeypatch):
+    monkeypatch.setattr(_direct, "_TWICE", 0.0)  # fast enough, whatever else the machine does
+    monkeypatch.setattr(_running, "_CLEARLY", 0.0)
     net = models.tanh_net(3, 32, 32, 1).double().requires_grad_(False)
     notes = fxhess.transform(net, compile=True).explain(randn(300, 3)).notes
     assert "compiled as one function, one sample a lane" in notes
