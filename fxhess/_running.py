@@ -77,17 +77,23 @@ class Faster:
         self._compiled = compiled
         self._plain = plain
         self._chosen: dict[int, Callable[..., Any]] = {}
+        self._last: Callable[..., Any] | None = None
+
+    @property
+    def tried(self) -> bool:
+        """Whether there was a call."""
+        return self._last is not None
 
     @property
     def whole(self) -> bool:
-        """Whether large batches run by code that needs no tiles."""
-        chosen = self._chosen.get(_LARGE)
-        return chosen is self._compiled and getattr(chosen, "whole", False)
+        """Whether the last call ran by code that needs no tiles."""
+        return self._last is self._compiled and getattr(self._last, "whole", False)
 
     def __call__(self, x: torch.Tensor, *args: Any) -> Any:
         size = min(_LARGE, x.shape[0].bit_length() if x.ndim else 0)
         chosen = self._chosen.get(size)
         if chosen is not None:
+            self._last = chosen
             return chosen(x, *args)
         result = self._compiled(x, *args)  # compiles
         times = {self._compiled: math.inf, self._plain: math.inf}
@@ -95,7 +101,7 @@ class Faster:
             for way in times:
                 times[way] = min(times[way], _seconds(way, (x, *args)))
         slow = times[self._plain] >= _CLEARLY * times[self._compiled]
-        self._chosen[size] = self._compiled if slow else self._plain
+        self._last = self._chosen[size] = self._compiled if slow else self._plain
         return result
 
 

@@ -138,16 +138,19 @@ class Program:
         self, x: torch.Tensor, tensors: Sequence[torch.Tensor], apart: Callable[[], Any]
     ) -> bool:
         """Whether :attr:`at_once` is faster than ``apart``, which does weights' work apart and
-        keeps some of it: tried at the first call, if what is left runs one sample a lane."""
-        if self.chosen_at_once is None:
-            apart()
+        keeps some of it: tried at the first call after which what is left has run one sample a
+        lane."""
+        if self.chosen_at_once is None and self.execution is not None:
+            if not self.execution.compiled.tried:
+                apart()
+            if not self.execution.compiled.whole:
+                return False
             self.chosen_at_once = False
-            if self.execution is not None and self.execution.compiled.whole:
-                self.at_once(x, *tensors)
-                if self.at_once.whole:
-                    once = fastest(lambda: self.at_once(x, *tensors))
-                    self.chosen_at_once = once < fastest(apart)
-        return self.chosen_at_once
+            self.at_once(x, *tensors)
+            if self.at_once.whole:
+                once = fastest(lambda: self.at_once(x, *tensors))
+                self.chosen_at_once = once < fastest(apart)
+        return self.chosen_at_once is True
 
     @cached_property
     def compiled(self) -> Callable[..., Any]:

@@ -198,7 +198,7 @@ def test_indices_are_checked_at_each_call():
 
 def test_within_a_given_memory_tiles_are_compiled(monkeypatch):
     monkeypatch.setattr(_lanes, "compiled", lambda *_: pytest.fail("takes memory of its own"))
-    net = models.tanh_net(6, 40, 40, 1).double().requires_grad_(False)
+    net = models.tanh_net(6, 41, 40, 1).double().requires_grad_(False)
     x = randn(40, 6)
     got = fxhess.transform(net, compile=True, max_memory=12_000_000)(x)
     assert torch.allclose(got, fxhess.transform(net)(x), atol=1e-12)
