@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxhess import memory
 from fxhess.lane_operations import OPERATIONS
 from fxhess.lane_values import NoLanesError
 from fxhess.lane_views import VIEWS
@@ -93,7 +94,7 @@ def compiled(
     def call(args: Sequence[torch.Tensor]) -> Any:
         x = args[0]
         samples = x.shape[0]
-        results = [x.new_empty((samples, *shape)) for shape in shapes]
+        results = [memory.empty((samples, *shape), dtype, x.device) for shape in shapes]
         pointers = pointers_of(*[t.data_ptr() for t in (*args, *results)])
         failed = run(pointers, kept, samples, torch.get_num_threads())
         if failed:

@@ -34,8 +34,19 @@ typedef T V __attribute__((vector_size(BYTES)));
 typedef std::conditional<DOUBLE, int64_t, int32_t>::type Int;
 typedef Int I __attribute__((vector_size(BYTES)));
 
-INLINE V all(T x) { return V{} + x; }
+// Less zero: x plus zero is no plain broadcast, for x = -0.
+INLINE V all(T x) { return x - V{}; }
 INLINE V all(V x) { return x; }
+
+// A vector that stays in its register, where a compiler would rather read it again for every use.
+INLINE V held(V x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__AVX2__)
+  asm("" : "+x"(x));
+#endif
+  return x;
+}
 INLINE V bits(I x) { return (V)x; }
 INLINE V select(I mask, V a, V b) { return mask ? a : b; }
 
@@ -262,9 +273,9 @@ INLINE void tile(const V* a, long ar, long ak, const V* b, long bn, long bk, V* 
         sum[r][n] = more ? c[(r * cr + n * cn) * U + u] : all(0);
     for (long k = 0; k < K; k++) {
       V y[columns];
-      UNROLL for (int n = 0; n < columns; n++) y[n] = b[(n * bn + k * bk) * U + u];
+      UNROLL for (int n = 0; n < columns; n++) y[n] = held(b[(n * bn + k * bk) * U + u]);
       UNROLL for (int r = 0; r < rows; r++) {
-        V x = a[(r * ar + k * ak) * U + u];
+        V x = held(a[(r * ar + k * ak) * U + u]);
         UNROLL for (int n = 0; n < columns; n++) sum[r][n] = fma_(x, y[n], sum[r][n]);
       }
     }
@@ -273,6 +284,7 @@ INLINE void tile(const V* a, long ar, long ak, const V* b, long bn, long bk, V* 
   }
 }
 
+// `last` rows are left after whole tiles.
 template <int U, int last, int columns>
 INLINE void tiles(const V* a, long ar, long ak, const V* b, long bn, long bk, V* c, long cr, long cn,
                   long R, long K, bool more) {
@@ -283,21 +295,35 @@ INLINE void tiles(const V* a, long ar, long ak, const V* b, long bn, long bk, V*
     tile<U, last, columns>(a + done * ar * U, ar, ak, b, bn, bk, c + done * cr * U, cr, cn, K, more);
 }
 
-// What is read over and over, R rows of a few terms, stays in the outer cache of the core;
-// `last_r` rows and `last_n` columns are left after whole tiles.
+// `last` columns are left after whole tiles.
+template <int U, int last_r, int last>
+INLINE void rows(const V* a, long ar, long ak, const V* b, long bn, long bk, V* c, long cr, long cn,
+                 long R, long N, long K, bool more) {
+  const long done = N - last;
+  for (long n = 0; n < done; n += COLUMNS)
+    tiles<U, last_r, COLUMNS>(a, ar, ak, b + n * bn * U, bn, bk, c + n * cn * U, cr, cn, R, K, more);
+  if constexpr (last > 0)
+    tiles<U, last_r, last>(a, ar, ak, b + done * bn * U, bn, bk, c + done * cn * U, cr, cn, R, K,
+                           more);
+}
+
+// A block of rows and terms stays in the cache nearest to the core, and meets all columns.
+constexpr long BLOCK = 2 * ROWS, NEAR = 16 * 1024;
+
 template <int U, int last_r, int last_n>
 OUTLINE void lane_product(const V* a, long ar, long ak, const V* b, long bn, long bk, V* c, long cr,
                           long cn, long R, long N, long K) {
-  const long fits = 128 * 1024 / (R * U * BYTES), deep = fits < 16 ? 16 : fits, done = N - last_n;
+  const long fits = NEAR / (BLOCK * U * BYTES), parts = (K + fits - 1) / fits;
+  const long deep = (K + parts - 1) / parts, whole = (R - last_r) / BLOCK * BLOCK;
   for (long k = 0; k < K; k += deep) {
     const long now = K - k < deep ? K - k : deep;
     const V *x = a + k * ak * U, *y = b + k * bk * U;
-    for (long n = 0; n < done; n += COLUMNS)
-      tiles<U, last_r, COLUMNS>(x, ar, ak, y + n * bn * U, bn, bk, c + n * cn * U, cr, cn, R, now,
-                                k > 0);
-    if constexpr (last_n > 0)
-      tiles<U, last_r, last_n>(x, ar, ak, y + done * bn * U, bn, bk, c + done * cn * U, cr, cn, R,
-                               now, k > 0);
+    for (long r = 0; r < whole; r += BLOCK)
+      rows<U, 0, last_n>(x + r * ar * U, ar, ak, y, bn, bk, c + r * cr * U, cr, cn, BLOCK, N, now,
+                         k > 0);
+    if (whole < R)
+      rows<U, last_r, last_n>(x + whole * ar * U, ar, ak, y, bn, bk, c + whole * cr * U, cr, cn,
+                              R - whole, N, now, k > 0);
   }
 }
 
