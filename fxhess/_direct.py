@@ -11,7 +11,6 @@ way, :func:`direct` says so with None, and its caller takes the public ``torch.c
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,8 +18,6 @@ import torch
 from torch import fx
 
 _MANY = 8  # combinations of sizes and strides, after which the public way is taken
-_TRIALS = 5
-_TWICE = 2.0  # how many times faster than the plain way is fast enough, without trying another
 _AGREES = {torch.float32: 1e-3, torch.float64: 1e-9}  # of the largest entry, with the plain way
 _log = logging.getLogger(__name__)
 
@@ -58,9 +55,8 @@ class Direct:
 
     With ``written``, the program takes as many tensors more, whose leading axes are x's batch axes,
     and writes its results into them with ``copy_``.  ``public`` does the same, for what cannot be
-    compiled here.  ``other`` compiles it in another way, from inputs like those that it will take
-    (None where it cannot): the faster of both is taken, tried on the first inputs; ``whole``:
-    whether that was the other one, which needs no tiles.  With ``only``, there is no usual way.
+    compiled here.  ``compiles`` gives the code for inputs like those that it takes, None where it
+    cannot; without it, that is PyTorch's compiler.
     """
 
     def __init__(
@@ -69,12 +65,9 @@ class Direct:
         batch_ndim: int,
         public: Callable[..., Any],
         written: int = 0,
-        other: Callable[[Sequence[torch.Tensor]], Callable[..., Any] | None] | None = None,
-        only: bool = False,
+        compiles: Callable[[Sequence[torch.Tensor]], Callable[..., Any] | None] | None = None,
     ) -> None:
-        self.whole = False
-        self._only = only
-        self._other = other
+        self._compiles = compiles
         self._module = module
         self._batch_ndim = batch_ndim
         self._public = public
@@ -97,17 +90,23 @@ class Direct:
                 if not out.is_contiguous():
                     return self._public(x, *tensors)
             return last[3]([x, *tensors])
-        return self._find(x, tensors)
-
-    def _find(self, x: torch.Tensor, tensors: Sequence[torch.Tensor]) -> Any:
         if torch._C._len_torch_dispatch_stack() > 0:  # somebody wants to see the operators
             return self._module.forward(x, *tensors)
+        code = self._code(x, tensors)
+        return self._public(x, *tensors) if code is None else code([x, *tensors])
+
+    def has(self, x: torch.Tensor, *tensors: torch.Tensor) -> bool:
+        """Whether there is code for such inputs; it is compiled now."""
+        return self._code(x.contiguous(), tensors) is not None
+
+    def _code(self, x: torch.Tensor, tensors: Sequence[torch.Tensor]) -> Callable[..., Any] | None:
+        """The code for these inputs, the next to be taken; None where there is none."""
         batch = x.shape[: self._batch_ndim]
         plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (x, *tensors))
         outs = tensors[len(tensors) - self._written :]
         filled = all(t.is_contiguous() and t.shape[: self._batch_ndim] == batch for t in outs)
         if 0 in batch or not plain or not filled or x.device.type != "cpu":
-            return self._public(x, *tensors)
+            return None
         known = tensors[: len(tensors) - self._written]
         threads = torch.get_num_threads()
         key = (
@@ -119,42 +118,26 @@ class Direct:
             self._codes[key] = self._compile([x, *tensors])
         code = self._codes.get(key)
         if code is None:
-            return self._public(x, *tensors)
+            return None
         several = 1 not in batch
         batched = [0, *range(1 + len(known), 1 + len(tensors))]
         # Where some of the batch axes are 1 and some are not, each call looks for its code.
         if several or all(n == 1 for n in batch):
             check = same_inputs([x, *tensors], batched, self._batch_ndim if several else 0)
             self._last = None if check is None else (check, several, threads, code)
-        return code([x, *tensors])
+        return code
 
     def _compile(self, inputs: Sequence[torch.Tensor]) -> Callable[..., Any] | None:
         """Compiled code that takes a list of tensors like these; None where there is none."""
-        other = self._tried(self._other, inputs) if self._other is not None else None
-        if other is not None and not self._agrees(other, inputs):
-            other = None
-        best = plain = 0.0
-        if other is not None:
-            best = _seconds(other, inputs)
-            plain = _seconds(lambda args: self._module.forward(*args), inputs)
-        if not self._only and (other is None or plain < _TWICE * best):
-            usual = self._tried(
-                lambda given: _compiled(self._module, given, self._batch_ndim, self._written),
-                inputs,
-            )
-            if other is None or (usual is not None and _seconds(usual, inputs) < best):
-                return usual
-        self.whole = other is not None
-        return other
-
-    @staticmethod
-    def _tried(compiles: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> Any:
         try:
-            return compiles(inputs)
+            if self._compiles is None:
+                return _compiled(self._module, inputs, self._batch_ndim, self._written)
+            code = self._compiles(inputs)
         except Exception as error:
             # Whatever it is, torch.compile says it better if it is the program's own fault.
             _log.info("not compiled directly: %s: %s", type(error).__name__, error)
             return None
+        return code if code is not None and self._agrees(code, inputs) else None
 
     def _agrees(self, code: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> bool:
         """Whether the results are those of the plain way, but for rounding."""
@@ -178,17 +161,6 @@ def _own_results(inputs: Sequence[torch.Tensor], written: int) -> list[torch.Ten
     """The inputs, with copies of those that are written."""
     known = len(inputs) - written
     return [*inputs[:known], *(t.clone() for t in inputs[known:])]
-
-
-def _seconds(code: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> float:
-    """The shortest of a few calls."""
-    times = []
-    with torch.no_grad():
-        for _ in range(_TRIALS):
-            start = time.perf_counter()
-            code(list(inputs))
-            times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def _compiled(

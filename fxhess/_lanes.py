@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from fxhess import memory
-from fxhess.lane_operations import OPERATIONS
+from fxhess.lane_operations import OPERATIONS, WRITING
 from fxhess.lane_values import NoLanesError
 from fxhess.lane_views import VIEWS
 from fxhess.lanes import Lanes
@@ -76,7 +76,7 @@ def compiled(
     if batch_ndim != 1 or dtype not in (torch.float32, torch.float64):
         return None
     try:
-        lanes = Lanes(graph, inputs, written, OPERATIONS, VIEWS)
+        lanes = Lanes(graph, inputs, written, OPERATIONS, VIEWS, WRITING)
     except NoLanesError as error:
         _log.info("no form of one sample a lane: %s", error)
         return None
@@ -88,7 +88,7 @@ def compiled(
     run.restype = ctypes.c_int
     constants = lanes.constants
     kept = (ctypes.c_void_p * max(1, len(constants)))(*[t.data_ptr() for t in constants])
-    shapes = [] if written else lanes.results
+    shapes = [] if written else lanes.results.sizes
     pointers_of = ctypes.c_void_p * (len(inputs) + len(shapes))
 
     def call(args: Sequence[torch.Tensor]) -> Any:

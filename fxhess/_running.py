@@ -6,18 +6,21 @@ variable); without them the public ``F.linear`` and ``torch.compile`` do the sam
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fxhess.outputs import Given
+from fxhess.progress import hidden
 
 _TRIALS = 3
 _LARGE = 8  # binary digits of a batch size that is as good as any larger one
-_CLEARLY = 0.9  # the plain way has to be faster than this share of the compiled one's time
+_CLEARLY = 0.9  # the plain way has to be faster than this share of a compiled one's time
+_HALF = 0.5  # the share of the plain way's time that is fast enough, without trying others
+_LONG = 0.5  # seconds of trials that tell enough
 
 
 def _find_onednn_linear() -> Callable[..., torch.Tensor] | None:
@@ -69,53 +72,76 @@ def compiled(
     return run
 
 
-class Faster:
-    """The faster of two ways to do the same, which may be done again: tried on the first arguments
-    of every size of batch, up to that from which on size tells nothing."""
+@dataclass(frozen=True)
+class Way:
+    """One way to do something, and whether it can be done so for these arguments (asked once,
+    before it is)."""
 
-    def __init__(self, compiled: Callable[..., Any], plain: Callable[..., Any]) -> None:
-        self._compiled = compiled
-        self._plain = plain
-        self._chosen: dict[int, Callable[..., Any]] = {}
-        self._last: Callable[..., Any] | None = None
+    name: str
+    run: Callable[..., Any]
+    can: Callable[..., bool] = lambda *_: True
+
+
+class Fastest:
+    """The fastest of several ways to do the same, which may be done again: tried on the first
+    arguments of every size of batch, up to that from which on size tells nothing.  The first way is
+    the plain one; others are tried in their order, up to one that takes half its time."""
+
+    def __init__(self, *ways: Way) -> None:
+        self.ways = ways
+        self._chosen: dict[int, Way] = {}
+        self.last: Way | None = None
 
     @property
-    def tried(self) -> bool:
-        """Whether there was a call."""
-        return self._last is not None
-
-    @property
-    def whole(self) -> bool:
-        """Whether the last call ran by code that needs no tiles."""
-        return self._last is self._compiled and getattr(self._last, "whole", False)
+    def name(self) -> str | None:
+        """Which way the last call went; None where there was none."""
+        return None if self.last is None else self.last.name
 
     def __call__(self, x: torch.Tensor, *args: Any) -> Any:
         size = min(_LARGE, x.shape[0].bit_length() if x.ndim else 0)
-        chosen = self._chosen.get(size)
-        if chosen is not None:
-            self._last = chosen
-            return chosen(x, *args)
-        result = self._compiled(x, *args)  # compiles
-        times = {self._compiled: math.inf, self._plain: math.inf}
-        for _ in range(_TRIALS):
-            for way in times:
-                times[way] = min(times[way], _seconds(way, (x, *args)))
-        slow = times[self._plain] >= _CLEARLY * times[self._compiled]
-        self._last = self._chosen[size] = self._compiled if slow else self._plain
-        return result
+        way = self._chosen.get(size)
+        if way is None:
+            if torch._C._len_torch_dispatch_stack() > 0:  # somebody wants to see the operators
+                return self.ways[0].run(x, *args)
+            way = self._chosen[size] = self._fastest(x, *args)
+        self.last = way
+        return way.run(x, *args)
+
+    def _fastest(self, *args: Any) -> Way:
+        plain, *others = self.ways
+        times: dict[Way, float] = {}
+        cuda = [args[0].device] if args[0].is_cuda else []
+        with hidden(), torch.random.fork_rng(cuda):
+            for way in others:
+                if not way.can(*args):
+                    continue
+                times[way] = fastest(lambda way=way: way.run(*args))  # type: ignore[misc]
+                if plain not in times:
+                    times[plain] = fastest(lambda: plain.run(*args))
+                if times[way] <= _HALF * times[plain]:
+                    break
+        if not times:
+            return plain
+        best = min(times, key=times.__getitem__)
+        other = min([w for w in times if w is not plain], key=times.__getitem__)
+        return best if times[plain] < _CLEARLY * times[other] else other
 
 
 def fastest(way: Callable[[], Any]) -> float:
-    """Seconds of the fastest of a few calls."""
-    return min(_seconds(way, ()) for _ in range(_TRIALS))
+    """Seconds of the fastest of a few calls, after one that makes what is made once."""
+    way()
+    times: list[float] = []
+    while len(times) < _TRIALS and sum(times) < _LONG:
+        times.append(_seconds(way))
+    return min(times)
 
 
-def _seconds(way: Callable[..., Any], args: Sequence[Any]) -> float:
-    on_gpu = any(isinstance(a, torch.Tensor) and a.is_cuda for a in args)
+def _seconds(way: Callable[[], Any]) -> float:
+    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
     if on_gpu:
         torch.cuda.synchronize()
     start = time.perf_counter()
-    way(*args)
+    way()
     if on_gpu:
         torch.cuda.synchronize()
     return time.perf_counter() - start

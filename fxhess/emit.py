@@ -23,6 +23,7 @@ from fxhess.errors import InternalError, Origin
 VAL = "val"  # node.meta[VAL]: a meta tensor (or plain number) standing for the node's value
 ORIGIN = "origin"  # node.meta[ORIGIN]: fxhess.errors.Origin of the user's operation
 VARIES = "varies"  # node.meta[VARIES]: whether the value depends on x, so that it cannot be hoisted
+SYMMETRIC = "symmetric"  # node.meta[SYMMETRIC]: a sum A + A^T whose A is symmetric but for rounding
 ROLE = "role"  # node.meta[ROLE]: 'value', 'adjoint', 'tangent', 'curvature' or 'result'
 
 

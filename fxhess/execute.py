@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from fxhess.outputs import Given
 from fxhess.passes.hoist import divide, hoist
 from fxhess.passes.simplify import is_repeatable
 from fxhess.progress import advance
+from fxhess.symmetric import use_symmetric_products
 
 _WORTHWHILE = 5_000_000  # operations; below, the fixed cost of this way of running shows
 _WORTH_A_CALL = 30_000  # operations a sample; below, a compiler does better with all it can see
@@ -141,8 +142,10 @@ class Execution:
         before = list(leads or [()] * len(vals))
         calls = [n for n in graph.nodes if n.op.startswith("call")]
         prologue, body = hoist(graph)
+        use_symmetric_products(body)
         nominal = next(iter(graph.nodes)).meta[VAL].shape[:batch_ndim].numel()
-        inner = [n for n in body.nodes if n.op.startswith("call")]
+        once, inner = ([n for n in part.nodes if n.op.startswith("call")]
+                       for part in (prologue, body))  # fmt: skip
         peak, allocated = cost.peak_bytes(inner), cost.held_bytes(inner)
         crossing = {n.name for n in body.nodes if n.op == "placeholder"}
         made = [n for n in calls if n.name in crossing]
@@ -161,7 +164,7 @@ class Execution:
             max(1, peak // max(1, nominal)),
             max(1, -(-allocated // max(1, nominal))),
             held,
-            sum(map(cost.flops, calls)) // max(1, nominal),
+            sum(map(cost.flops, [*once, *inner])) // max(1, nominal),
             Keeping(
                 _kept.module_of(kept, "Kept"),
                 _kept.module_of(rest, "Rest"),
@@ -172,26 +175,37 @@ class Execution:
         )
 
     @cached_property
-    def compiled(self) -> _running.Faster:
-        """The body, compiled at its first call, once for all sizes of batches but 1; as it is where
-        that turns out to be faster."""
-        return self._compiled(
-            lambda inputs: _lanes.compiled(
-                self.body.graph, inputs, self.batch_ndim, len(self.leads)
-            )
-        )
+    def compiled(self) -> _running.Fastest:
+        """A compiled call of x, what is given, the step of tiles, what the prologue gave and the
+        results: tiles as they are, all at once with one sample a lane, or compiled tiles."""
+        written = len(self.leads)
+        lanes = Direct(
+            self.body, self.batch_ndim, self.body.forward, written,
+            lambda inputs: _lanes.compiled(self.body.graph, inputs, self.batch_ndim, written),
+        )  # fmt: skip
+        plain, compiled = self.compiled_tiles.ways
+        free = not self.given and not any(self.leads)
+
+        def in_lanes(x: torch.Tensor, given: Any, step: int, hoisted: Any, out: Any) -> None:
+            most = self.most_samples_at_once // max(1, x.shape[1:].numel())
+            self._in_tiles(lanes, x, given, max(step, most), hoisted, out)
+
+        def can(x: torch.Tensor, given: Any, step: int, hoisted: Any, out: Any) -> bool:
+            return free and lanes.has(x, *hoisted, *out)
+
+        return _running.Fastest(plain, _running.Way("lanes", in_lanes, can), compiled)
 
     @cached_property
-    def compiled_tiles(self) -> _running.Faster:
-        """The same, with the memory that a tile is known to take."""
-        return self._compiled(None)
-
-    def _compiled(self, other: Callable[..., Any] | None) -> _running.Faster:
+    def compiled_tiles(self) -> _running.Fastest:
+        """The same by tiles only, with the memory that a tile is known to take."""
         body = _kept.module_of(for_compiler(self.body.graph), "CompiledBody")
         fast = _running.compiled(body, self.batch_ndim, self.given)
         if not self.given and not any(self.leads):
-            fast = Direct(body, self.batch_ndim, fast, len(self.leads), other)
-        return _running.Faster(fast, self.body.forward)
+            fast = Direct(body, self.batch_ndim, fast, len(self.leads))
+        return _running.Fastest(
+            _running.Way("plain tiles", partial(self._in_tiles, self.body.forward)),
+            _running.Way("tiles", partial(self._in_tiles, fast)),
+        )
 
     def __call__(
         self,
@@ -217,22 +231,32 @@ class Execution:
         if batch.numel() == 0:
             return list(out)
         hoisted = self._prologue(x, tensors, kept)
-        body: Callable[..., Any] = self.body.forward
-        if running.compile and running.max_memory is not None:
-            body = self.compiled_tiles
-        elif running.compile:
-            body = self.compiled
-            if self.compiled.whole:
-                samples = max(1, batch[1:].numel())
-                step = max(step, self.most_samples_at_once // samples)
+        if not running.compile:
+            self._in_tiles(self.body.forward, x, given, step, hoisted, out)
+        elif running.max_memory is None:
+            self.compiled(x, given, step, hoisted, out)
+        else:
+            self.compiled_tiles(x, given, step, hoisted, out)
+        return list(out)
+
+    def _in_tiles(
+        self,
+        body: Callable[..., Any],
+        x: torch.Tensor,
+        given: Sequence[torch.Tensor],
+        step: int,
+        hoisted: Sequence[Any],
+        out: Sequence[torch.Tensor],
+    ) -> None:
+        """Run ``body`` on so many entries of the first batch axis at a time."""
+        batch = x.shape[: self.batch_ndim]
         if not batch or step >= batch[0]:
             body(x, *given, *hoisted, *out)
-        else:
-            axes = [0, *(g.batch_axis for g in self.given)]
-            places = [len(lead) for lead in self.leads]
-            into = list(zip(out, places, strict=True))
-            _fill(body, [x, *given], axes, hoisted, into, step, batch[1:].numel())
-        return list(out)
+            return
+        axes = [0, *(g.batch_axis for g in self.given)]
+        places = [len(lead) for lead in self.leads]
+        into = list(zip(out, places, strict=True))
+        _fill(body, [x, *given], axes, hoisted, into, step, batch[1:].numel())
 
     def results(self, batch: Sequence[int]) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type of every result for a batch of these sizes."""

@@ -16,13 +16,14 @@ from torch import fx
 
 from fxhess import _torch, cost
 from fxhess.clock import median_seconds, synchronize
-from fxhess.emit import ORIGIN, ROLE, VAL, VARIES, Emitter, Var
+from fxhess.emit import ORIGIN, ROLE, SYMMETRIC, VAL, VARIES, Emitter, Var
 from fxhess.errors import InputError
 from fxhess.execute import PLAIN, Running
 from fxhess.listing import plain_table, terminal_width
 from fxhess.page import fragment, page
 from fxhess.rates import Rates, rates_for
 from fxhess.steps import Step
+from fxhess.symmetric import use_symmetric_products
 from fxhess.units import si
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 _MEASURING = 0.3  # seconds that runs for a measured time may take
 _ROUNDS = 5  # at most, of runs operation by operation
-_PRODUCTS = ("matmul", "mm", "bmm", "linear", "convolution")
+_PRODUCTS = ("matmul", "mm", "bmm", "linear", "convolution", "symmetric_product")
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ class Explanation:
             contractions=contractions,
             operations=len(nodes),
             flops=sum(map(cost.flops, nodes)),
-            arithmetic=sum(cost.flops(n) for n in products if n.meta.get(VARIES, True)),
+            arithmetic=_arithmetic(_at(program.graph_module.graph, inputs)),
             peak_bytes=peak,
             predicted=cost.total(nodes, rates_for(x.device, x.dtype)),
             measured=_measured(run, x) if written < _room(x.device) else None,
@@ -255,7 +256,15 @@ def _at(graph: fx.Graph, inputs: Sequence[torch.Tensor]) -> fx.Graph:
             with emitter.at(node.meta.get(ORIGIN), node.meta.get(ROLE, "value")):
                 values[node] = emitter.create_proxy(node.op, node.target, args, kwargs)  # type: ignore[arg-type]
             values[node].node.name = node.name
+            values[node].node.meta[SYMMETRIC] = node.meta.get(SYMMETRIC, False)
     return emitter.graph
+
+
+def _arithmetic(graph: fx.Graph) -> int:
+    """Operations of the products that every call without autograd runs."""
+    nodes = use_symmetric_products(graph).nodes
+    products = [n for n in nodes if n.op == "call_function" and cost.name_of(n) in _PRODUCTS]
+    return sum(cost.flops(n) for n in products if n.meta.get(VARIES, True))
 
 
 def _operations(

@@ -7,11 +7,11 @@ Of three kinds: an expression of single entries, another way to count the same e
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fxhess.lane_values import NOMINAL, NoLanesError, Value
-from fxhess.lane_views import VIEWS, dropped, numbers, unsqueeze
+from fxhess.lane_views import VIEWS, dropped, numbers, transpose, unsqueeze
 from fxhess.lanes import Lanes, Operation
 
 # --- expressions of single entries ----------------------------------------------------------------
@@ -161,6 +161,19 @@ def _matmul(lanes: Lanes, a: Value, b: Value) -> Value:
     return dropped(result, {len(result.axes) - (1 if column else 2): 0}) if row else result
 
 
+def _symmetric_product(lanes: Lanes, rows: Value, matrix: Value, axis: int = 1) -> Value:
+    rows = transpose(lanes, rows, 0, 1) if axis == 0 else rows
+    whole = lanes.product(rows, matrix)
+    return lanes.pointwise("({0} + {1})", whole, transpose(lanes, whole, 1, 2))
+
+
+def _write_symmetric_product(
+    lanes: Lanes, number_of: int, rows: Value, matrix: Value, axis: int = 1
+) -> None:
+    rows = transpose(lanes, rows, 0, 1) if axis == 0 else rows
+    lanes.results.symmetric(lanes.in_memory(rows), lanes.in_memory(matrix), number_of)
+
+
 def _stack(lanes: Lanes, values: Sequence[Value], dim: int = 0) -> Value:
     d = dim % (len(values[0].axes) + 1)
     return lanes.joined([unsqueeze(lanes, v, d) for v in values], d)
@@ -204,9 +217,17 @@ OPERATIONS: Mapping[str, Operation] = {
     "mm": _matmul,
     "bmm": _matmul,
     "flat_product": _matmul,
+    "symmetric_product": _symmetric_product,
+    "flat_symmetric_product": _symmetric_product,
     "stack": _stack,
     "cat": _cat,
     "full": _full,
     "zeros_like": _like(0.0),
     "ones_like": _like(1.0),
+}
+
+# Those that can write a result piece by piece, from its number.
+WRITING: Mapping[str, Callable[..., None]] = {
+    "symmetric_product": _write_symmetric_product,
+    "flat_symmetric_product": _write_symmetric_product,
 }

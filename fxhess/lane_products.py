@@ -49,6 +49,23 @@ class Products:
             self._flat(right, left, result, K, True)
         return result
 
+    def of_rows(self, a: Value, b: Value) -> str:
+        """Statements for ``c = a[start:stop] b[:, :stop]``, with c as an array of ``stop`` columns,
+        of a ``[B, d, k]`` and b ``[k, d]`` or ``[B, k, d]``; all rows but the last few come in
+        whole blocks."""
+        K, d = a.axes[-1], a.axes[-2]
+        A, ar, ak = _matrix(a, (0,))
+        rows, into = f"{A} + start * {ar} * U, {ar}, {ak}", f"c, stop, 1, stop - start, stop, {K}"
+        if b.lanes:
+            B, bk, bn = _matrix(b, (0,))
+            whole, last = "0, 0", f"{d} % ROWS, {d} % COLUMNS"
+            name, right = "lane_product", f"{B}, {bn}, {bk}"
+        else:
+            whole, last, name = "0", f"{d} % PANEL", "flat_product"
+            right = self._matrices(b, [], [], K, d, False)(0)  # type: ignore[arg-type]
+        whole, last = (f"{name}<U, {n}>({rows}, {right}, {into});" for n in (whole, last))
+        return f"if (stop < {d}) {whole} else {last}"
+
     def _shared(self, a: Value, b: Value, c: Value, K: int) -> None:
         part = self._code.shared
         index = self._code.open(part, c.sizes)

@@ -44,7 +44,7 @@ def _permute(lanes: Lanes, value: Value, *order: Any) -> Value:
     return view(value, [value.axes[d] for d in axes], lambda i: tuple(i[p] for p in place))
 
 
-def _transpose(lanes: Lanes, value: Value, a: int = 0, b: int = 1) -> Value:
+def transpose(lanes: Lanes, value: Value, a: int = 0, b: int = 1) -> Value:
     order = list(range(len(value.axes)))
     if order:
         order[a], order[b] = order[b], order[a]
@@ -269,8 +269,8 @@ VIEWS: dict[str, Callable[..., Value]] = {
     "to": _converted,
     "_to_copy": _converted,
     "permute": _permute,
-    "t": _transpose,
-    "transpose": _transpose,
+    "t": transpose,
+    "transpose": transpose,
     "movedim": _movedim,
     "unsqueeze": unsqueeze,
     "squeeze": _squeeze,

@@ -19,8 +19,8 @@ no such form (:class:`NoLanesError`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Container, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from fxhess.cost import flops, name_of
 from fxhess.emit import VAL
 from fxhess.lane_code import Code
 from fxhess.lane_products import Products
+from fxhess.lane_results import Results
 from fxhess.lane_values import (
     NOMINAL,
     Axis,
@@ -39,11 +40,9 @@ from fxhess.lane_values import (
     Strided,
     Value,
     broadcast,
-    dense,
     in_memory,
     narrowed,
     number,
-    place,
     plus,
     view,
     widened,
@@ -51,7 +50,6 @@ from fxhess.lane_values import (
 
 __all__ = ["Lanes", "Operation"]
 
-_ROW = 512  # entries of a result that are made before they are stored
 _LONG = 4000  # lines
 _SMALL = 300_000  # operations of a call that one thread does faster alone
 _TYPES = {torch.int64: "int64_t", torch.int32: "int32_t", torch.bool: "bool"}
@@ -66,7 +64,8 @@ class Lanes:
     ``inputs``: tensors like those that it will take: x first, whose first axis is the batch, and
     last the ``written`` that it writes its results into.  Without these, it takes as many fresh
     tensors as it has ``results`` (their axes, the batch apart) after its inputs.  ``operations``:
-    what each does, by name; those that are ``moving`` compute nothing, and take indices as well.
+    what each does, by name; those that are ``moving`` compute nothing, and take indices as well;
+    ``writing``: how those do it that write a result piece by piece.
     """
 
     def __init__(
@@ -76,15 +75,17 @@ class Lanes:
         written: int,
         operations: Mapping[str, Operation],
         moving: Container[str] = (),
+        writing: Mapping[str, Callable[..., None]] = MappingProxyType({}),
     ) -> None:
         self.dtype = inputs[0].dtype
         self.code = Code()
         self.constants: list[torch.Tensor] = []
-        self.results: list[tuple[int, ...]] = []
         self.work = sum(map(flops, graph.nodes)) // NOMINAL
         self._operations = operations
         self._moving = moving
+        self._writing = writing
         self._products = Products(self.code)
+        self.results = Results(self.code, self._products)
         self._values: dict[fx.Node, Any] = {}
         self._inputs = len(inputs)
         placeholders = [n for n in graph.nodes if n.op == "placeholder"]
@@ -102,7 +103,8 @@ class Lanes:
                 self._write(node)
             elif node.op == "output" and not written:
                 for value in _several(node.args[0]):
-                    self._result(self._values[value], self._inputs + len(self.results))
+                    number = self._inputs + len(self.results.sizes)
+                    self.results.write(self._values[value], number)
             self._release(node)
             if len(self.code.block.lines) > _LONG:
                 raise NoLanesError("too long for a compiler")
@@ -150,7 +152,7 @@ class Lanes:
             return
         if name == "copy_":
             target, source = node.args
-            self._result(self._values[source], self._number_of(target))  # type: ignore[index]
+            self.results.write(self._values[source], self._number_of(target))  # type: ignore[index]
             return
         stand_in = node.meta.get(VAL)
         known = self._values.__getitem__
@@ -162,15 +164,18 @@ class Lanes:
         computed = stand_in.dtype in (self.dtype, torch.bool) or name in self._moving
         if name not in self._operations or not computed:
             raise NoLanesError(f"{name}, {stand_in.dtype}")
+        into = node.kwargs.get("out")
+        if into is not None and not node.users and name in self._writing:
+            self._writing[name](self, self._number_of(into), *args, **kwargs)
+            return
         value = self._operations[name](self, *args, **kwargs)
         if not value.fits(stand_in):
             raise NoLanesError(f"{name}: other axes")
-        into = node.kwargs.get("out")
         if value.work and (self._uses[node] > 1 or (into and node.users)):
             value = self.stored(value)
         self._keep(node, value)
         if into is not None:
-            self._result(value, self._number_of(into))
+            self.results.write(value, self._number_of(into))
 
     def _number_of(self, target: Any) -> int:
         if target not in self._targets:
@@ -250,8 +255,11 @@ class Lanes:
 
     def product(self, a: Value, b: Value) -> Value:
         """``torch.matmul`` of operands with at least two axes each."""
-        ready = [v if v.strided is not None and not v.work else self.stored(v) for v in (a, b)]
-        return self._products.write(*ready)
+        return self._products.write(self.in_memory(a), self.in_memory(b))
+
+    def in_memory(self, value: Value) -> Value:
+        """The value, stored where its entries do not lie in an array."""
+        return value if value.strided is not None and not value.work else self.stored(value)
 
     def stored(self, value: Value) -> Value:
         """The value with its entries in memory."""
@@ -297,38 +305,6 @@ class Lanes:
         entry = value.at(index) if value.lanes is result.lanes else f"all({value.at(index)})"
         part.lines.append(f"{part.each}{result.at(index)} = {entry};")
         self.code.close(part, result.sizes)
-
-    # --- results --------------------------------------------------------------------------------
-
-    def _result(self, value: Any, number_of: int) -> None:
-        """Store a value as ``[B, *axes]``, row by row where it is large."""
-        if not isinstance(value, Value) or value.axes[:1] != (None,):
-            raise NoLanesError("a result without a batch in front")
-        sizes, part = value.sizes, self.code.block
-        self.results.append(sizes[1:])
-        cut = 1
-        if value.strided is None or value.strided.steps != dense(sizes) or not value.lanes:
-            while cut < len(sizes) and math.prod(sizes[cut:]) > _ROW:
-                cut += 1
-        rows, behind = sizes[1:cut], sizes[cut:]
-        outer = self.code.open(part, rows)
-        source = value
-        if not value.lanes or value.strided is None or value.strided.steps[cut:] != dense(behind):
-            source = self.code.array((None, *behind), True)
-            index = self.code.open(part, behind)
-            entry = value.at((0, *outer, *index))
-            entry = entry if value.lanes else f"all({entry})"
-            part.lines.append(f"{part.each}{source.at((0, *index))} = {entry};")
-            self.code.close(part, behind)
-        inner = (0,) * len(behind)
-        assert source.strided is not None
-        start = source.strided.at((0, *(outer if source is value else ()), *inner))
-        row = place((*outer, *inner), (*rows, *behind))
-        part.lines.append(
-            f"store<U>({source.strided.array} + ({start}) * U, {math.prod(behind)},"
-            f" (T*)p[{number_of}] + ({row}), {value.count}, first, samples);"
-        )
-        self.code.close(part, rows)
 
     # --- the whole ------------------------------------------------------------------------------
 

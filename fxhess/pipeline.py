@@ -19,7 +19,7 @@ from torch import fx
 import fxhess.rules  # noqa: F401  (fills the registry)
 from fxhess import _kept, _lanes, cost
 from fxhess._direct import Direct
-from fxhess._running import compiled, fastest
+from fxhess._running import Fastest, Way, compiled, fastest
 from fxhess.capture import Captured
 from fxhess.emit import VAL
 from fxhess.errors import InputError, Origin
@@ -123,15 +123,15 @@ class Program:
         """Whether compiled calls have run as one function, one sample a lane."""
         execution = self.__dict__.get("execution")
         ways = (self.__dict__.get("direct"), execution and execution.__dict__.get("compiled"))
-        return any(getattr(way, "whole", False) for way in ways)
+        return any(getattr(way, "name", None) == "lanes" for way in ways)
 
     @cached_property
     def at_once(self) -> Direct:
         """The whole program, weights' work included, one sample a lane."""
+        graph, nb = self.graph_module.graph, self.batch_ndim
         return Direct(
-            self.fused, self.batch_ndim, lambda *args: self.compiled(*args), 0,
-            lambda inputs: _lanes.compiled(self.graph_module.graph, inputs, self.batch_ndim, 0),
-            True,
+            self.graph_module, nb, self.graph_module.forward, 0,
+            lambda inputs: _lanes.compiled(graph, inputs, nb, 0),
         )  # fmt: skip
 
     def goes_at_once(
@@ -141,15 +141,13 @@ class Program:
         keeps some of it: tried at the first call after which what is left has run one sample a
         lane."""
         if self.chosen_at_once is None and self.execution is not None:
-            if not self.execution.compiled.tried:
+            if self.execution.compiled.last is None:
                 apart()
-            if not self.execution.compiled.whole:
+            if self.execution.compiled.name != "lanes":
                 return False
-            self.chosen_at_once = False
-            self.at_once(x, *tensors)
-            if self.at_once.whole:
-                once = fastest(lambda: self.at_once(x, *tensors))
-                self.chosen_at_once = once < fastest(apart)
+            self.chosen_at_once = self.at_once.has(x, *tensors) and (
+                fastest(lambda: self.at_once(x, *tensors)) < fastest(apart)
+            )
         return self.chosen_at_once is True
 
     @cached_property
@@ -162,10 +160,12 @@ class Program:
         """The same for calls without autograd, at less cost a call where that is possible."""
         if self.given:
             return self.compiled
-        return Direct(
-            self.fused, self.batch_ndim, lambda *args: self.compiled(*args), 0,
-            lambda inputs: _lanes.compiled(self.graph_module.graph, inputs, self.batch_ndim, 0),
-        )  # fmt: skip
+        usual = Direct(self.fused, self.batch_ndim, lambda *args: self.compiled(*args))
+        return Fastest(
+            Way("plain", self.graph_module.forward),
+            Way("lanes", self.at_once, self.at_once.has),
+            Way("compiled", usual),
+        )
 
 
 def key_of(captured: Captured, x: torch.Tensor, options: Options) -> str:

@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from fxhess import _kept
-from fxhess.emit import ORIGIN, ROLE, VAL, VARIES
+from fxhess.emit import ORIGIN, ROLE, SYMMETRIC, VAL, VARIES
 from fxhess.errors import Origin
 from fxhess.naming import UnknownNameError, function_of, is_method, name_of
 from fxhess.outputs import Given, Output
@@ -146,6 +146,7 @@ class _Writer:
             self._in(self.origins, self.value(node.meta.get(ORIGIN))),
             node.meta.get(ROLE),
             node.meta.get(VARIES),
+            bool(node.meta.get(SYMMETRIC)),
         ]
         self.index[node] = len(self.index)
         return written
@@ -212,7 +213,7 @@ class _Reader:
         inputs = ops.count("placeholder")
         if ops[:inputs] != ["placeholder"] * inputs or ops.index("output") != len(ops) - 1:
             raise NotPlainError("inputs come first, the output last")
-        for op, name, target, args, kwargs, val, origin, role, varies in written:
+        for op, name, target, args, kwargs, val, origin, role, varies, *more in written:
             _identifier(name)
             if name in names:
                 raise NotPlainError(f"two nodes of the name {name!r}")
@@ -252,6 +253,8 @@ class _Reader:
                 meta[ROLE] = _ROLES[_ROLES.index(role)]
             if varies is not None:
                 meta[VARIES] = bool(varies)
+            if more and more[0] is True:  # files of earlier versions do not say
+                meta[SYMMETRIC] = True
         return graph
 
     def value(self, written: Any) -> Any:

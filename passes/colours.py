@@ -16,7 +16,7 @@ from torch import fx
 from fxhess.facts import known_fact
 from fxhess.kinds import Linear
 from fxhess.passes.draft import Draft
-from fxhess.passes.halves import Half
+from fxhess.passes.half import Half
 
 _LEAST = 2  # times fewer tangents: below, packing and unpacking them is not worth it
 

@@ -26,7 +26,7 @@ class Curvature:
     The form is the product of ``factors`` summed over all labels but those of ``left`` (the event
     axes of operand i), ``right`` (of operand j), the batch and ``outputs`` (the axes of the vector
     of outputs, none for scalar models).  ``weight`` is 1/2 on the diagonal i = j: the Hessian is
-    the sum of all terms plus its transpose.
+    the sum of all terms plus its transpose.  ``symmetric``: whether ``J^T C J`` is, as it is.
     """
 
     i: fx.Node
@@ -36,6 +36,7 @@ class Curvature:
     left: tuple[Label, ...]
     right: tuple[Label, ...]
     weight: float
+    symmetric: bool = False
 
     def sides(self) -> list[Curvature]:
         """All of the symmetric form that this is a part of, as maps from operand j to operand i."""
@@ -54,6 +55,7 @@ class Moved:
     apply: Callable[[Structured], Structured]
     weight: float
     swapped: Callable[[Structured], Structured] | None = None  # from i to j, where they differ
+    symmetric: bool = False
 
     def sides(self) -> list[Moved]:
         """All of the symmetric form that this is a part of, as maps from operand j to operand i."""
@@ -104,6 +106,7 @@ def curvature(
                 tuple(inputs[i]),
                 tuple(inputs[j]),
                 0.5 if i == j else 1.0,
+                a is b and inputs[i] == inputs[j],
             )
         )
     return terms

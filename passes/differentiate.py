@@ -41,7 +41,7 @@ from fxhess.errors import Origin
 from fxhess.facts import Canonical
 from fxhess.outputs import Output, flat
 from fxhess.passes.draft import Draft, Piece, Start, Term
-from fxhess.passes.halves import Half, Part
+from fxhess.passes.half import Half, Part
 from fxhess.structure import Structured
 
 

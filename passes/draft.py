@@ -21,7 +21,8 @@ from fxhess.kinds import Label, Smooth, is_curved
 from fxhess.passes.curvature import Curvature, Moved, curvature
 from fxhess.passes.forms import Forms
 from fxhess.passes.guard import guard
-from fxhess.passes.halves import FULL, Half, Halves, Part, Pattern
+from fxhess.passes.half import FULL, Half, Part, Pattern
+from fxhess.passes.halves import Halves
 from fxhess.passes.shelter import shelter
 from fxhess.structure import Algebra, Near, Structured
 
@@ -228,13 +229,16 @@ class Draft:
         nodes = self.between(base, following)
         if start is None or piece.colours:
             start = self.start(base, piece.colours)
-        half = Half(self._basis(start), self.outputs, part=start.part)
+        basis = start.left.basis if start.rows is None else (start.rows.size(0),)
+        half = Half(basis, self.outputs, part=start.part)
         terms = self.terms_of(base, nodes, following, later)
         needed = {term.j for *_, term in terms} | {term.i for *_, term in terms[piece.pulled :]}
         left = self.tangents(base, nodes, needed, start.left, (start.key, "left"))
         right = left
         if start.right is not start.left:
             right = self.tangents(base, nodes, needed, start.right, (start.key, "right"))
+        plain = right is left and start.rows is None and not piece.colours
+        half.symmetric = plain and all(term.symmetric for *_, term in terms)
         moved, near = (dict[fx.Node, list[Structured]]() for _ in range(2))  # by value
         for i, (node, ending, term) in enumerate(terms):
             is_near = bool(right[term.j].places)
@@ -346,10 +350,6 @@ class Draft:
             other = self.algebra.select(right[term.j], columns)
             pattern = self.halves.close(closed, term, one, other)
         return pattern, closed
-
-    @staticmethod
-    def _basis(start: Start) -> tuple[int, ...]:
-        return start.left.basis if start.rows is None else (start.rows.size(0),)
 
     def _pull_back(self, nodes: Sequence[fx.Node], moved: dict[fx.Node, list[Structured]]) -> None:
         """Carry moved tangents back to the base."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,77 +22,16 @@ from torch import fx
 
 from fxhess import triangle, windows
 from fxhess.contraction import Factor, Same, contract
-from fxhess.emit import VAL, VARIES, Var
+from fxhess.emit import SYMMETRIC, VAL, VARIES, Var
 from fxhess.kinds import Label
 from fxhess.passes.band import band_of, pack
 from fxhess.passes.curvature import Curvature, Moved
 from fxhess.passes.forms import Forms
+from fxhess.passes.half import FULL, Half, Pattern
 from fxhess.structure import Structured
-from fxhess.windows import Band
-
-Pattern = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Which part of a second form is wanted.  ``tied``: basis axes whose two indices are the same
-    (all of them: the diagonal); ``traced``: summed over them; ``doubled``: whether the transpose is
-    still to be added (it is not where both orders of two different sides were contracted)."""
-
-    tied: frozenset[int] = frozenset()
-    traced: bool = False
-    doubled: bool = True
-
-
-FULL = Part()
 
 # Sums shorter than this are not worth a pass that unpacks the result.
 _LONG = 96
-
-
-@dataclass
-class Half:
-    """See the module's docstring.  A core's axes are the batch axes, then one for each distinct
-    name of its pattern, in order."""
-
-    basis: tuple[int, ...]
-    outputs: tuple[int, ...]
-    cores: dict[Pattern, Var | float] = field(default_factory=dict)
-    # By their band (none: all of the triangle): [*batch, *outputs, entries].
-    packed: dict[Band | None, Var] = field(default_factory=dict)
-    part: Part = FULL
-
-    @property
-    def untied(self) -> list[int]:
-        """Basis axes with two indices."""
-        return [k for k in range(len(self.basis)) if k not in self.part.tied]
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Of the axes (outputs.., basis.., basis again, without the tied ones)."""
-        if self.part.traced:
-            return self.outputs
-        return (*self.outputs, *self.basis, *(self.basis[k] for k in self.untied))
-
-    def add_packed(self, part: Var, band: Band | None = None) -> None:
-        known = self.packed.get(band)
-        self.packed[band] = part if known is None else known + part  # type: ignore[assignment]
-
-    def add(self, pattern: Pattern, core: Var | float) -> None:
-        known = self.cores.get(pattern)
-        self.cores[pattern] = core if known is None else known + core  # type: ignore[operator]
-
-    def join(self, part: Half) -> None:
-        """Add a part along the same basis."""
-        for pattern, core in part.cores.items():
-            self.add(pattern, core)
-        for band, packed in part.packed.items():
-            self.add_packed(packed, band)
-
-    def values(self) -> list[fx.Node]:
-        """What holds the half."""
-        held = [*self.cores.values(), *self.packed.values()]
-        return [v.node for v in held if isinstance(v, Var)]
 
 
 class Halves:
@@ -117,7 +56,7 @@ class Halves:
             terms.append(
                 Curvature(
                     base, base, (factor,), tuple(names[:m]),
-                    tuple(names[m : m + n]), tuple(names[m + n :]), 1.0,
+                    tuple(names[m : m + n]), tuple(names[m + n :]), 1.0, half.symmetric,
                 )
             )  # fmt: skip
         for unpacked in self._unpacked(half):
@@ -126,7 +65,7 @@ class Halves:
             terms.append(
                 Curvature(
                     base, base, (whole,), tuple(axes[:m]),
-                    tuple(axes[m : m + n]), tuple(axes[m + n :]), 0.5,
+                    tuple(axes[m : m + n]), tuple(axes[m + n :]), 0.5, True,
                 )
             )  # fmt: skip
         return terms
@@ -351,7 +290,10 @@ class Halves:
             order = list(range(total.ndim))
             for i, j in zip(rows, columns, strict=True):
                 order[self.nb + i], order[self.nb + j] = self.nb + j, self.nb + i
-            result = total + torch.permute(total, order)  # type: ignore[assignment]
+            whole: Any = total + torch.permute(total, order)
+            if half.symmetric and half.part == FULL:
+                whole.node.meta[SYMMETRIC] = True
+            result = whole
         diagonal += self._unpacked(half)
         for dense in diagonal:
             result = dense if result is None else result + dense

@@ -18,7 +18,7 @@ from torch import fx
 
 from fxhess import _kept
 from fxhess.cost import name_of
-from fxhess.emit import ORIGIN, ROLE, VAL, VARIES, Var
+from fxhess.emit import ORIGIN, ROLE, SYMMETRIC, VAL, VARIES, Var
 from fxhess.errors import Origin
 
 _PREFIX = {"value": "v", "adjoint": "g", "tangent": "J", "curvature": "C", "result": "H"}
@@ -55,7 +55,7 @@ def _meta(node: fx.Node) -> dict[str, Any]:
         meta[ORIGIN] = origin
         if origin.line:
             meta["stack_trace"] = origin.stack_trace
-    for key in (ROLE, VAL, VARIES):
+    for key in (ROLE, SYMMETRIC, VAL, VARIES):
         if key in node.meta:
             meta[key] = node.meta[key]
     return meta

@@ -29,7 +29,7 @@ from fxhess.outputs import Output
 from fxhess.passes.colours import colours
 from fxhess.passes.differentiate import start_of
 from fxhess.passes.draft import Draft, Piece, Start
-from fxhess.passes.halves import Half
+from fxhess.passes.half import Half
 from fxhess.rates import Rates, rates_for
 
 STRATEGIES = ("auto", "close", "pull", "rebase")

@@ -26,11 +26,12 @@ EVERYTHING = SOURCES + sorted(
 # Layers, lowest first: a module imports from its own layer or below.  "passes" and "rules" stand
 # for all modules of these packages.
 LAYERS = (
-    {"errors", "lines", "units", "layered", "locks", "interrupts", "_kept"},
+    {"errors", "lines", "units", "layered", "locks", "interrupts", "progress", "_kept"},
     {
         "emit",
         "kinds",
         "triangle",
+        "symmetric",
         "windows",
         "outputs",
         "steps",
@@ -40,7 +41,7 @@ LAYERS = (
         "_running",
         "_direct",
     },
-    {"store", "clock", "progress", "rates", "disk", "naming", "_outside"},
+    {"store", "clock", "rates", "disk", "naming", "_outside"},
     {"functions", "closures", "collector", "intake", "oracle", "sources", "trees", "packing"},
     {"form", "wrt"},
     {"in_dims"},
@@ -50,6 +51,7 @@ LAYERS = (
     {"splice", "graft", "derive", "memory", "_batched", "lane_values"},
     {"lane_code"},
     {"lane_products"},
+    {"lane_results"},
     {"lanes"},
     {"lane_views"},
     {"lane_operations"},

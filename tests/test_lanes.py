@@ -9,7 +9,7 @@ from torch import nn
 
 import fxhess
 from benchmarks import models
-from fxhess import _direct, _lanes, _running
+from fxhess import _lanes, _running
 from fxhess._direct import Direct
 
 SHAPES = (1, 2, 7, 8, 9, 33, 130)  # lanes are left over, and several threads have blocks
@@ -205,7 +205,7 @@ def test_within_a_given_memory_tiles_are_compiled(monkeypatch):
 
 
 def test_explain_says_how_it_was_compiled(monkeypatch):
-    monkeypatch.setattr(_direct, "_TWICE", 0.0)  # fast enough, whatever else the machine does
+    monkeypatch.setattr(_running, "_HALF", math.inf)  # fast enough, whatever the machine does
     monkeypatch.setattr(_running, "_CLEARLY", 0.0)
     net = models.tanh_net(3, 32, 32, 1).double().requires_grad_(False)
     notes = fxhess.transform(net, compile=True).explain(randn(300, 3)).notes
@@ -221,25 +221,42 @@ def test_code_that_does_not_agree_is_not_used(monkeypatch):
     module, rest = hess.graph_module(x), list(hess.tensors(x).values())
     wrong = Direct(module, 1, module.forward, 0, lambda inputs: lambda args: (args[0] * 2,))
     assert torch.allclose(wrong(x, *rest), hess(x), atol=1e-12)
-    assert not wrong.whole
+    assert not wrong.has(x, *rest)
     assert "does not agree" in said[0][0]
 
 
-def test_the_faster_way_is_chosen_for_each_size_of_batch():
+def test_the_fastest_way_is_chosen_for_each_size_of_batch():
     calls = []
 
-    def slow_for_one(x):
-        calls.append(len(x))
-        if len(x) == 1:
-            torch.randn(300, 300) @ torch.randn(300, 300)
-        return x + 1
+    def work(n):
+        torch.randn(n, n) @ torch.randn(n, n)
 
-    way = _running.Faster(slow_for_one, lambda x: x + 1 if len(x) == 1 else x.sort()[0].sort()[0])
-    big = torch.zeros(200_000)
-    for x in (torch.zeros(1), big):
-        way(x)
-    calls.clear()
-    way(torch.zeros(1))
-    assert calls == []
-    way(big)
-    assert calls == [len(big)]
+    def way(name, costs, can=True):
+        def run(x):
+            calls.append(name)
+            work(costs(len(x)))
+            return x + 1
+
+        return _running.Way(name, run, lambda x: can)
+
+    fastest = _running.Fastest(
+        way("plain", lambda n: 700),
+        way("impossible", lambda n: 1, can=False),
+        way("for one", lambda n: 1 if n == 1 else 1000),
+        way("for many", lambda n: 1000 if n == 1 else 10),
+    )
+    for n, name in ((1, "for one"), (200, "for many")):
+        x = torch.zeros(n)
+        state = torch.get_rng_state()
+        first = fastest(x)
+        after = torch.get_rng_state()
+        assert ("for many" in calls) == (n > 1)  # half of the plain way's time is good enough
+        calls.clear()
+        assert torch.equal(fastest(x), first)
+        assert calls == [name]
+        assert fastest.name == name
+        # Trials draw no numbers that the call itself does not draw.
+        torch.set_rng_state(state)
+        work(1 if n == 1 else 10)
+        assert torch.equal(torch.get_rng_state(), after)
+    assert "impossible" not in calls

@@ -372,6 +372,36 @@ static void store(const V* packs, long n, T* out, long stride, long first, long 
     for (long i = whole; i < n; i++) out[(first + l) * stride + i] = from[i * U * W + l];
 }
 
+// A + A^T for an A of [d, d] that is symmetric but for rounding, as entries of rows that lie d * d
+// apart.  product(start, stop, c) gives rows `start` to `stop` of A up to column `stop`; `rows` has
+// room for those of a block and one more.
+constexpr long SYMMETRIC_ROWS = 24;
+static_assert(SYMMETRIC_ROWS % ROWS == 0 && SYMMETRIC_ROWS % COLUMNS == 0, "whole tiles");
+static_assert(SYMMETRIC_ROWS % PANEL == 0, "whole panels");
+
+template <int U, class F>
+static void store_symmetric(F product, V* rows, long d, T* out, long first, long samples) {
+  V* const row = rows + SYMMETRIC_ROWS * d * U;
+  const V two = all(2);
+  for (long start = 0; start < d; start += SYMMETRIC_ROWS) {
+    const long stop = start + SYMMETRIC_ROWS < d ? start + SYMMETRIC_ROWS : d;
+    product(start, stop, rows);
+    for (long r = start; r < stop; r++) {
+      for (long n = 0; n < stop; n++) {
+        const V* from = n <= r ? rows + ((r - start) * stop + n) * U : rows + ((n - start) * stop + r) * U;
+        UNROLL for (int u = 0; u < U; u++) row[n * U + u] = from[u] * two;
+      }
+      store<U>(row, stop, out + r * d, d * d, first, samples);
+    }
+    for (long n = 0; n < start; n++) {
+      for (long r = start; r < stop; r++)
+        UNROLL for (int u = 0; u < U; u++)
+          row[(r - start) * U + u] = rows[((r - start) * stop + n) * U + u] * two;
+      store<U>(row, stop - start, out + n * d + start, d * d, first, samples);
+    }
+  }
+}
+
 // --- the whole --------------------------------------------------------------------------------
 
 INLINE void* room(size_t bytes) { return std::aligned_alloc(64, (bytes + 127) / 64 * 64); }
