@@ -181,7 +181,10 @@ class Execution:
         written = len(self.leads)
         lanes = Direct(
             self.body, self.batch_ndim, self.body.forward, written,
-            lambda inputs: _lanes.compiled(self.body.graph, inputs, self.batch_ndim, written),
+            lambda inputs: _lanes.compiled(
+                self.body.graph, inputs, self.batch_ndim, written,
+                [i for i, keep in enumerate(self.keeping.which, 1) if keep],
+            ),
         )  # fmt: skip
         plain, compiled = self.compiled_tiles.ways
         free = not self.given and not any(self.leads)

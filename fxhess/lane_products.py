@@ -7,6 +7,7 @@ from sample to sample are multiplied vector by vector.
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from typing import Any
 
 from fxhess.lane_code import Code
@@ -25,10 +26,13 @@ from fxhess.lane_values import (
 
 
 class Products:
-    """Writes products into a program's code."""
+    """Writes products into a program's code.  ``kept``: arrays that are often the same as at the
+    last call; their matrices are packed where they are not known."""
 
-    def __init__(self, code: Code) -> None:
+    def __init__(self, code: Code, kept: Container[str] = ()) -> None:
+        self.packs_kept = False
         self._code = code
+        self._kept = kept
         self._packed: dict[Any, str] = {}
 
     def write(self, a: Value, b: Value) -> Value:
@@ -125,6 +129,10 @@ class Products:
             name = self._packed[key] = code.name("w")
             code.declare(f"T* const {name} = packed + ({code.panels});")
             code.panels = f"{code.panels} + {math.prod(sizes)} * {one}"
+            code.packed += math.prod(sizes) * K * N
+            if at.array in self._kept:
+                self.packs_kept = True
+                code.shared.lines.append("if (!known)")
             chosen = code.open(code.shared, sizes)
             index: list[Index] = [0] * (len(w.axes) - 2)
             for d, i in zip(many, chosen, strict=True):

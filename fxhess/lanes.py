@@ -51,6 +51,8 @@ from fxhess.lane_values import (
 __all__ = ["Lanes", "Operation"]
 
 _LONG = 4000  # lines
+# Vectors of a block.  Weights that no cache near the core holds are read once for each block.
+_USUAL, _WIDE, _CACHED = 2, 4, 1 << 20
 _SMALL = 300_000  # operations of a call that one thread does faster alone
 _TYPES = {torch.int64: "int64_t", torch.int32: "int32_t", torch.bool: "bool"}
 _KINDS = {torch.float32: "float", torch.float64: "double"}
@@ -65,7 +67,8 @@ class Lanes:
     last the ``written`` that it writes its results into.  Without these, it takes as many fresh
     tensors as it has ``results`` (their axes, the batch apart) after its inputs.  ``operations``:
     what each does, by name; those that are ``moving`` compute nothing, and take indices as well;
-    ``writing``: how those do it that write a result piece by piece.
+    ``writing``: how those do it that write a result piece by piece.  ``kept``: which inputs are
+    often the same as at the last call; ``packs_kept``: whether matrices of these are packed.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class Lanes:
         operations: Mapping[str, Operation],
         moving: Container[str] = (),
         writing: Mapping[str, Callable[..., None]] = MappingProxyType({}),
+        kept: Container[int] = (),
     ) -> None:
         self.dtype = inputs[0].dtype
         self.code = Code()
@@ -84,7 +88,7 @@ class Lanes:
         self._operations = operations
         self._moving = moving
         self._writing = writing
-        self._products = Products(self.code)
+        self._products = Products(self.code, {f"in{i}" for i in range(len(inputs)) if i in kept})
         self.results = Results(self.code, self._products)
         self._values: dict[fx.Node, Any] = {}
         self._inputs = len(inputs)
@@ -308,10 +312,17 @@ class Lanes:
 
     # --- the whole ------------------------------------------------------------------------------
 
+    @property
+    def packs_kept(self) -> bool:
+        return self._products.packs_kept
+
     def source(self, header: str) -> str:
-        """The program in C++: ``run(pointers, constants, samples, threads)``, with pointers to
-        inputs and results; gives 0, 1 where there is no room, 2 where an index is out of range."""
+        """The program in C++: ``run(pointers, constants, samples, threads, kept, known)``, with
+        pointers to inputs and results, room for ``packed_bytes()`` that are kept from call to call
+        (or none) and whether these are of the same inputs; gives 0, 1 where there is no room, 2
+        where an index is out of range."""
         code = self.code
+        width = _WIDE if code.packed * self.dtype.itemsize > _CACHED else _USUAL
         shared, block = ("\n  ".join(part.lines) for part in (code.shared, code.block))
         return f"""typedef {_KINDS[self.dtype]} T;
 {header}
@@ -321,16 +332,20 @@ static void block(void* const* p, void* const* k, T* shared, T* packed, V* own, 
   {block}
 }}
 
-static int once(void* const* p, void* const* k, T* shared, T* packed, int threads) {{
+static int once(void* const* p, void* const* k, T* shared, T* packed, int threads, int known) {{
   {shared}
   return 0;
 }}
 
 static size_t packs() {{ return {code.panels}; }}
 
-extern "C" int run(void* const* p, void* const* k, long samples, int threads) {{
+extern "C" long packed_bytes() {{ return packs() * sizeof(T); }}
+
+extern "C" int run(void* const* p, void* const* k, long samples, int threads, void* kept,
+                   int known) {{
   return in_blocks(p, k, samples, samples * {max(1, self.work)}.0 < {_SMALL} ? 1 : threads,
-                   {code.shared.room}, packs(), {code.block.room}, once, block<1>, block<2>);
+                   {code.shared.room}, (T*)kept, packs(), known, {code.block.room}, once, block<1>,
+                   block<{width}>, {width});
 }}
 """
 

@@ -1,6 +1,7 @@
 """Programs of one sample a lane: the same numbers as the plain ones, for any batch."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import fxhess
 from benchmarks import models
 from fxhess import _lanes, _running
 from fxhess._direct import Direct
+from fxhess.execute import Execution
 
 SHAPES = (1, 2, 7, 8, 9, 33, 130)  # lanes are left over, and several threads have blocks
 FUNCTIONS = {
@@ -260,3 +262,51 @@ def test_the_fastest_way_is_chosen_for_each_size_of_batch():
         work(1 if n == 1 else 10)
         assert torch.equal(torch.get_rng_state(), after)
     assert "impossible" not in calls
+
+
+def test_what_is_kept_is_packed_again_only_where_it_is_another_tensor():
+    model = models.Glm(20, 120).double().requires_grad_(False)
+    hess = fxhess.transform(model)
+    x = randn(40, 20)
+    execution = Execution.of(hess.graph_module(x), 1, False)
+    kept = [i for i, keep in enumerate(execution.keeping.which, 1) if keep]
+    assert kept
+
+    def hoisted():
+        return list(execution.prologue.forward(*hess.tensors(x).values()))
+
+    first, out = hoisted(), torch.empty(40, 20, 20, dtype=x.dtype)
+    code = _lanes.compiled(execution.body.graph, [x, *first, out], 1, 1, kept)
+
+    def call(tensors, batch=40):
+        given = randn(batch, 20, seed=batch)
+        result = torch.empty(batch, 20, 20, dtype=x.dtype)
+        code([given, *tensors, result])
+        return result, fxhess.transform(model)(given)
+
+    for batch in (40, 3, 200):
+        got, want = call(first, batch)
+        assert torch.allclose(got, want, 0, 1e-12 * float(want.abs().max()))
+    squares = next(t for t in first if t.ndim == 2 and t.shape == (120, 210))
+    squares.mul_(2)
+    assert torch.equal(call(first, 200)[0], got)  # what is packed is known
+    squares.div_(2)
+    with torch.no_grad():
+        model.linear.weight.mul_(0.7)
+    second = hoisted()
+    own, want = call(second)
+    assert torch.allclose(own, want, 0, 1e-12 * float(want.abs().max()))
+    known = {0: call(first)[0], 1: own}
+    with ThreadPoolExecutor(4) as pool:
+        for i, (got, _) in enumerate(pool.map(lambda i: call((first, second)[i % 2]), range(40))):
+            assert torch.equal(got, known[i % 2])
+
+
+def test_wide_blocks_for_large_weights():
+    net = models.tanh_net(16, 700, 500, 1).requires_grad_(False)
+    hess = fxhess.transform(net, "value")
+    code, rest = lanes_of(hess, randn(4, 16).float())
+    for batch in (1, 40, 300):
+        x = randn(batch, 16, seed=batch).float()
+        (got,) = code([x, *rest])
+        assert torch.allclose(got, net(x).flatten(), rtol=1e-5, atol=1e-5)

@@ -408,15 +408,18 @@ INLINE void* room(size_t bytes) { return std::aligned_alloc(64, (bytes + 127) / 
 
 constexpr int NO_ROOM = 1, OUTSIDE = 2;
 
-// What all samples share once, then a few samples at a time, by a team of threads.
+// What all samples share once, then a few samples at a time, by a team of threads.  `kept`, where it
+// is given, has room for packed matrices, and holds those that need not be packed again where they
+// are `known`.  A wide block has `width` vectors.
 template <class Once, class Block>
 static int in_blocks(void* const* p, void* const* k, long samples, int threads, size_t shared_size,
-                     size_t packed_size, size_t own_size, Once once, Block narrow, Block wide) {
+                     T* kept, size_t packed_size, int known, size_t own_size, Once once, Block narrow,
+                     Block wide, int width) {
   T* const shared = (T*)room(shared_size * sizeof(T));
-  T* const packed = (T*)room(packed_size * sizeof(T));
-  int failed = shared && packed ? once(p, k, shared, packed, threads) : NO_ROOM;
+  T* const packed = kept ? kept : (T*)room(packed_size * sizeof(T));
+  int failed = shared && packed ? once(p, k, shared, packed, threads, known) : NO_ROOM;
   if (!failed) {
-    const int U = samples >= 4L * W * threads ? 2 : 1;
+    const int U = samples >= 2L * width * W * threads ? width : 1;
     const long step = U * W, blocks = (samples + step - 1) / step;
     const int team = (int)(blocks < threads ? blocks : threads);
     #pragma omp parallel num_threads(team) if (team > 1)
@@ -428,11 +431,11 @@ static int in_blocks(void* const* p, void* const* k, long samples, int threads, 
       }
       #pragma omp for schedule(dynamic, 1)
       for (long i = 0; i < blocks; i++)
-        if (own) (U == 2 ? wide : narrow)(p, k, shared, packed, own, i * step, samples);
+        if (own) (U == 1 ? narrow : wide)(p, k, shared, packed, own, i * step, samples);
       std::free(own);
     }
   }
   std::free(shared);
-  std::free(packed);
+  if (!kept) std::free(packed);
   return failed;
 }
