@@ -18,6 +18,8 @@ from pathlib import Path
 import psutil
 import torch
 
+import fxhess.memory
+
 __all__ = ["METHOD", "peak_bytes"]
 
 CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -47,6 +49,7 @@ def resident(field: str) -> int:
 def give_back() -> None:
     """Return freed memory to the system, so that reusing it is seen as use."""
     gc.collect()
+    fxhess.memory.release()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
         if trim is not None:

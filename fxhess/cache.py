@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from fxhess import registry, serial
+from fxhess import memory, registry, serial
 from fxhess.capture import Captured
 from fxhess.disk import Disk, DiskInfo
 from fxhess.emit import ORIGIN
@@ -141,8 +141,10 @@ def cache_info() -> CacheInfo:
 
 def cache_clear(disk: bool = False) -> None:
     """Forget all programs in memory, and with ``disk`` those on disk too; modules make theirs
-    anew, or read them from disk, at the next call."""
+    anew, or read them from disk, at the next call.  Memory of earlier results that was kept for
+    later ones goes back to the system."""
     programs.clear(disk)
+    memory.release()
 
 
 # --- keys for all processes -----------------------------------------------------------------------

@@ -39,6 +39,7 @@ LAYERS = (
         "_settings",
         "_traced",
         "_running",
+        "_recycled",
         "_direct",
     },
     {"store", "clock", "rates", "disk", "naming", "_outside"},
