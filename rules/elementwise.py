@@ -97,6 +97,7 @@ elementwise(
     aten.div.Tensor,
     (lambda y, a, b: 1 / b, lambda y, a, b: -y / b),
     {(0, 1): lambda y, a, b: -1 / b / b, (1, 1): lambda y, a, b: 2 * y / b / b},
+    by_result={1: lambda y, a, b: -1 / b},
 )
 elementwise(aten.div.Scalar, lambda y, a, b: 1 / b)
 elementwise(aten.reciprocal.default, lambda y, x: -y * y, lambda y, x: 2 * y * y * y)
