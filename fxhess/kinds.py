@@ -160,10 +160,16 @@ class Elementwise:
     ``first[i]`` is df/dx_i and ``second[i, j]`` (i <= j) is d2f/dx_i dx_j: a number, or a
     function ``(y, *args, **kwargs)`` of the result and the operation's own arguments.  A missing
     second derivative is zero.
+
+    ``by_result[i]``, if there are any, write the same second form with the differential of y,
+    ``sum_i by_result[i] (dx_i dy + dy dx_i)``, and are used for it.  For y whose equation is
+    simpler than its formula, where the terms of ``second`` would cancel: from y b = a follows
+    d2y = -2 dy db / b, instead of 2 y (db / b)^2 - 2 da db / b^2.
     """
 
     first: tuple[Partial, ...]
     second: Mapping[tuple[int, int], Partial] = field(default_factory=dict)
+    by_result: Mapping[int, Partial] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,7 @@ def elementwise(
     first: Partial | tuple[Partial, ...],
     second: Partial | Mapping[tuple[int, int], Partial] = 0,
     *,
+    by_result: Mapping[int, Partial] | None = None,
     rewrite: Callable[..., Any] | None = None,
 ) -> Rule:
     """A pointwise operation: f' and f'' as numbers or functions ``(y, *args, **kwargs)``; tuples
@@ -149,7 +150,7 @@ def elementwise(
         seconds = dict(second)
     else:
         seconds = {} if second == 0 else {(0, 0): second}
-    kind = kinds.Elementwise(firsts, seconds)
+    kind = kinds.Elementwise(firsts, seconds, by_result or {})
     return register_rule(Rule(op, kinds.Pointwise(), kind, rewrite=rewrite))
 
 

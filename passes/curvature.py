@@ -15,13 +15,13 @@ from fxhess.contraction import Factor
 from fxhess.emit import Var
 from fxhess.facts import is_active
 from fxhess.kinds import Call, Elementwise, Label, Multilinear, Smooth
-from fxhess.passes.forms import Forms
+from fxhess.passes.forms import RESULT, Forms
 from fxhess.structure import Structured
 
 
 @dataclass(frozen=True)
 class Curvature:
-    """One term of an operation's second form, between operands i and j.
+    """One term of an operation's second form, between operands i and j (or its own result).
 
     The form is the product of ``factors`` summed over all labels but those of ``left`` (the event
     axes of operand i), ``right`` (of operand j), the batch and ``outputs`` (the axes of the vector
@@ -76,17 +76,17 @@ def curvature(
     if not isinstance(kind, (Elementwise, Multilinear)):
         return []
     inputs, output, _ = forms.labelled(node)
+    labels, values = [*inputs, output], [*known.operands, node]
     free: list[Label] = [("m", k) for k in range(len(g.basis))]
     adjoint: Factor = (g.core, g.labels(free, forms.batch(), output))
     outputs = tuple(g.basis_labels(free, output))
     terms: list[Curvature | Moved] = []
-    pairs = (
-        sorted(kind.second)
-        if isinstance(kind, Elementwise)
-        else [(i, j) for j in range(len(inputs)) for i in range(j)]
-    )
+    if isinstance(kind, Elementwise):
+        pairs = [(i, RESULT) for i in sorted(kind.by_result)] or sorted(kind.second)
+    else:
+        pairs = [(i, j) for j in range(len(inputs)) for i in range(j)]
     for i, j in pairs:
-        a, b = known.operands[i], known.operands[j]
+        a, b = values[i], values[j]
         if not (is_active(a) and is_active(b)):
             continue
         if isinstance(kind, Elementwise):
@@ -103,8 +103,8 @@ def curvature(
                 b,
                 (adjoint, *factors),
                 outputs,
-                tuple(inputs[i]),
-                tuple(inputs[j]),
+                tuple(labels[i]),
+                tuple(labels[j]),
                 0.5 if i == j else 1.0,
                 a is b and inputs[i] == inputs[j],
             )

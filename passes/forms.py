@@ -26,6 +26,8 @@ from fxhess.facts import Canonical, Fact, fact, is_active, windows_of
 from fxhess.kinds import Call, Elementwise, Label, Linear, Multilinear, Smooth, Window
 from fxhess.structure import SAME, Algebra, Places, Structured
 
+RESULT = -1  # in place of an operand's number
+
 
 class Forms:
     """Writes first forms of canonical nodes, given their values; ``calls``: what the rules of some
@@ -64,16 +66,15 @@ class Forms:
         return known
 
     def partial(self, node: fx.Node, order: tuple[int, ...]) -> Any:
-        """A first or second partial derivative of a pointwise operation: a Var or a number."""
+        """A first or second partial derivative of a pointwise operation, or one by the result
+        (``(i, RESULT)``): a Var or a number."""
         key = (node, order)
         if key not in self._partials:
             known = self.fact(node)
             assert isinstance(known.kind, Elementwise)
-            rule = (
-                known.kind.first[order[0]]
-                if len(order) == 1
-                else known.kind.second.get((order[0], order[1]), 0)
-            )
+            kind, i, *j = known.kind, *order
+            rule = kind.second.get((i, j[0]), 0) if j else kind.first[i]
+            rule = kind.by_result[i] if j == [RESULT] else rule
             if callable(rule):
                 call = self.call(node)
                 rule = rule(call.y, *(self._tensor(a, call.y) for a in call.args), **call.kwargs)

@@ -83,7 +83,8 @@ def _spoken(rule: Rule, given: Sequence[str]) -> tuple[Any, list[int]]:
             for (i, j), value in kind.second.items()
             if i in kept and j in kept
         }
-        kind = Elementwise(tuple(kind.first[k] for k in kept), second)
+        by_result = {kept.index(i): value for i, value in kind.by_result.items() if i in kept}
+        kind = Elementwise(tuple(kind.first[k] for k in kept), second, by_result)
     return kind, [given.index(names[k]) for k in kept]
 
 

@@ -14,11 +14,7 @@ import torch
 
 from fxhess.kinds import Along, Call
 from fxhess.registry import aten, composite, smooth
-
-
-def _rest(weights: Any, values: Any, call: Call) -> Any:
-    """What is left of values without their weighted mean along ``dim``."""
-    return values - torch.sum(weights * values, [call.args[1]], True)
+from fxhess.rules.reductions import centred, from_mean
 
 
 def _float_first(op: Any) -> Any:
@@ -33,11 +29,12 @@ def _float_first(op: Any) -> Any:
 
 
 def _softmax_pull(g: Any, call: Call) -> Any:
-    return call.y * _rest(call.y, g, call)
+    return call.y * centred(call.y, g, [call.args[1]])
 
 
 def _softmax_curve(call: Call, g: Any, i: int, j: int, t: Any) -> Any:
-    return call.y * _rest(call.y, _rest(call.y, g, call) * _rest(call.y, t, call), call)
+    p, dims = call.y, [call.args[1]]
+    return p * from_mean(p, centred(p, g, dims) * centred(p, t, dims), dims)
 
 
 smooth(
@@ -65,13 +62,13 @@ def _log_softmax_pull(g: Any, call: Call) -> Any:
 
 def _log_softmax_curve(call: Call, g: Any, i: int, j: int, t: Any) -> Any:
     p = torch.exp(call.y)
-    return -torch.sum(g, [call.args[1]], True) * p * _rest(p, t, call)
+    return -torch.sum(g, [call.args[1]], True) * p * centred(p, t, [call.args[1]])
 
 
 smooth(
     aten._log_softmax.default,
     Along("dim"),
-    push=lambda call, t: _rest(torch.exp(call.y), t, call),
+    push=lambda call, t: centred(torch.exp(call.y), t, [call.args[1]]),
     pull=_log_softmax_pull,
     curve=_log_softmax_curve,
     rewrite=_float_first(aten._log_softmax.default),

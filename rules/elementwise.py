@@ -97,6 +97,7 @@ elementwise(
     aten.div.Tensor,
     (lambda y, a, b: 1 / b, lambda y, a, b: -y / b),
     {(0, 1): lambda y, a, b: -1 / b / b, (1, 1): lambda y, a, b: 2 * y / b / b},
+    by_result={1: lambda y, a, b: -1 / b},
 )
 elementwise(aten.div.Scalar, lambda y, a, b: 1 / b)
 elementwise(aten.reciprocal.default, lambda y, x: -y * y, lambda y, x: 2 * y * y * y)
@@ -152,6 +153,12 @@ def _log_positive(x: Any) -> Any:
     return torch.log(torch.where(x == 0, 1.0, x))
 
 
+def _mixed_power(x: Any, p: Any) -> Any:
+    """By x and p; 0 is taken at (0, 0), where both first derivatives are."""
+    value = torch.pow(x, p - 1) * (1 + p * _log_positive(x))
+    return torch.where((x == 0) & (p == 0), 0.0, value)
+
+
 def _coefficient_power(c: Any, x: Any, p: Any) -> Any:
     """c x^p, which is 0 for c = 0 whatever the power: x^0 is constant also at x = 0."""
     return torch.where(c == 0, 0.0, c * torch.pow(x, torch.where(c == 0, 1, p)))
@@ -165,7 +172,7 @@ elementwise(
     ),
     {
         (0, 0): lambda y, x, p: _coefficient_power(p * (p - 1), x, p - 2),
-        (0, 1): lambda y, x, p: torch.pow(x, p - 1) * (1 + p * _log_positive(x)),
+        (0, 1): lambda y, x, p: _mixed_power(x, p),
         (1, 1): lambda y, x, p: y * torch.square(_log_positive(x)),
     },
 )

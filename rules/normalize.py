@@ -23,8 +23,8 @@ def _standardized(
     """``(x - mean) / sqrt(var + eps)``, the mean, and the reciprocal of the root."""
     mean = torch.mean(x, dims, True)
     rest = x - mean
-    rstd = torch.rsqrt(torch.mean(rest * rest, dims, True) + eps)
-    return rest * rstd, mean, rstd
+    std = torch.sqrt(torch.mean(rest * rest, dims, True) + eps)
+    return rest / std, mean, 1 / std
 
 
 def _affine(x: torch.Tensor, weight: Maybe, bias: Maybe) -> torch.Tensor:

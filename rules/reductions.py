@@ -101,6 +101,18 @@ def finite_peak(self: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
     return torch.where(torch.isinf(peak), 0.0, peak)
 
 
+def from_mean(shares: Any, values: Any, dims: list[int]) -> Any:
+    """What is left of values without their mean, of which each has a share."""
+    return values - torch.sum(shares * values, dims, True)
+
+
+def centred(shares: Any, values: Any, dims: list[int]) -> Any:
+    """The same, to full precision where one share is nearly all: its value differs from the mean
+    by a small part of itself, which the rounding of shares and sum would cover.  The mean of what
+    is left, 0 but for that rounding, is taken off too."""
+    return from_mean(shares, from_mean(shares, values, dims), dims)
+
+
 def logsumexp(self: torch.Tensor, dim: Dims, keepdim: bool = False) -> Any:
     """One axis after the other, and kept; of complex numbers by exponentials."""
     dims = dims_of(self, dim)
@@ -125,7 +137,7 @@ def _shares(call: Call) -> Any:
 def _logsumexp_curve(call: Call, g: Any, i: int, j: int, t: Any) -> Any:
     """By the differences of tangents from their mean: E[t u] - E[t] E[u] would cancel."""
     shares = _shares(call)
-    return g * shares * (t - torch.sum(shares * t, call.args[1], True))
+    return g * shares * centred(shares, t, call.args[1])
 
 
 smooth(

@@ -156,6 +156,8 @@ ENDS = [
     one("`x**-1` at 0: infinite", lambda x: x**-1, 0.0, -INF, INF),
     Row("`pow(x, p)` at (0, 2)", lambda x: torch.pow(x[:, 0], x[:, 1]), (0.0, 2.0), (0, 0),
         (2, 0, 0, 0), "where 0^p is 0, its derivatives by p are 0"),
+    Row("`pow(x, p)` at (0, 0)", lambda x: torch.pow(x[:, 0], x[:, 1]), (0.0, 0.0), (0, 0), Z4,
+        "0 is taken for both orders, as PyTorch does for the first"),
     one("`pow(0, x)` at 1", lambda x: torch.pow(torch.zeros(1, dtype=D), x), 1.0, 0, 0, SMOOTH),
     one("`sinc` at 0", torch.sinc, 0.0, 0, -(math.pi**2) / 3, SMOOTH),
     Row("`xlogy` at (0, 0)", lambda x: torch.xlogy(x[:, 0], x[:, 1]), (0.0, 0.0), (0, 0), Z4,

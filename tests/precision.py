@@ -276,10 +276,20 @@ def _structured() -> Iterator[Case]:
     yield Case(
         "FFT", lambda: lambda x: torch.fft.rfft(torch.sin(x)).abs().square().sum(-1), normal(16, 8)
     )
+    yield Case(
+        "softmax, nearly one-hot",
+        lambda: lambda x: (torch.softmax(4 * x, -1) * x).square().sum(-1),
+        normal(32, 6, scale=3.0),
+    )
+    yield Case("log-softmax, nearly one-hot", lambda: _log_likelihoods, normal(32, 6, scale=3.0))
     yield Case("tanh net at 20 sigma", lambda: net(tanh, 4, 16, 1), normal(32, 4, scale=20.0))
     yield Case(
         "softplus net at 20 sigma", lambda: net(nn.Softplus(), 4, 16, 1), normal(32, 4, scale=20.0)
     )
+
+
+def _log_likelihoods(x: torch.Tensor) -> torch.Tensor:
+    return (torch.log_softmax(4 * x, -1) * x.sigmoid()).sum(-1)
 
 
 def cases() -> list[Case]:

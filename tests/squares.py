@@ -28,5 +28,7 @@ ROOTS = [
     Row("square of `cdist` of equal points",
         lambda x: torch.cdist(x[:, None, :1], x[:, None, 1:]).square().sum((1, 2)), (1.0, 1.0), AT,
         (2, -2, -2, 2), SMOOTH),
+    Row("4th power of `sqrt(sum(x²))` at 0",
+        lambda x: x.square().sum(1, True).sqrt().pow(4)[:, 0], AT, AT, Z4, SMOOTH),
     Row("3rd power of a norm at 0", lambda x: _norm(x) ** 3, AT, AT, Z4, SMOOTH),
 ]  # fmt: skip

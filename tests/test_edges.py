@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import re
@@ -144,6 +145,42 @@ def test_second_derivatives_in_the_tails_have_all_their_digits(name):
 
 # --- against central differences ------------------------------------------------------------------
 
+
+def _recurrent(kind):
+    torch.manual_seed(0)
+    net = kind(2, 3, batch_first=True).double()
+    return lambda x: net(x.reshape(-1, 2, 2))[0].square().sum((1, 2))
+
+
+def _batch_norm_twice(x):
+    norm = functools.partial(F.batch_norm, running_mean=BASE[0], running_var=BASE[1].square())
+    return norm(norm(x) * x).prod(1)
+
+
+def _written(x):
+    out = torch.zeros_like(x)
+    out[:, 0] = x[:, 1].sin()
+    out[:, 1:3] = x[:, :2] * out[:, :1]
+    out[:, 3] += x.prod(1)
+    return out.square().sum(1)
+
+
+def _inner_gradient(x):
+    """The squared force of an energy, by autograd inside the model."""
+    with torch.enable_grad():
+        p = x if x.requires_grad else x.detach().requires_grad_()
+        energy = (p.sin() * p.roll(1, 1).exp()).sum()
+        (force,) = torch.autograd.grad(energy, p, create_graph=True)
+    return force.square().sum(1)
+
+
+def _noted(x):
+    """By a value that is read, and a branch on a tensor."""
+    scale = BASE.max().item()
+    return (x * scale).tanh().prod(1) if (BASE > 0).any() else x.sum(1)
+
+
+BASE = torch.tensor([[0.4, -0.3, 0.8, 1.2], [0.9, 1.1, -0.7, 0.5]], dtype=FLOAT)
 STEEP = torch.tensor([[0.3, -0.7, 1.1, 0.4], [1.5, 0.2, -0.6, -0.9]], dtype=FLOAT)
 DIFFERENCES = {
     "slogdet": lambda x: torch.linalg.slogdet(x.reshape(-1, 2, 2))[1],
@@ -163,6 +200,22 @@ DIFFERENCES = {
     "spectral norm": lambda x: torch.linalg.svdvals(x.reshape(-1, 2, 2))[:, 0],
     "layer norm twice": lambda x: F.layer_norm(F.layer_norm(x, (4,)) * x, (4,)).prod(1),
     "renorm": lambda x: torch.renorm(x[:, None], 2, 0, 0.5).flatten(1).prod(1),
+    "batch norm twice": _batch_norm_twice,
+    "det": lambda x: torch.linalg.det(x.reshape(-1, 2, 2)).sin(),
+    "grid_sample": lambda x: F.grid_sample(
+        x.reshape(-1, 1, 2, 2), x.tanh().reshape(-1, 1, 2, 2) / 2, align_corners=True
+    ).square().sum((1, 2, 3)),
+    "fused attention": lambda x: F.scaled_dot_product_attention(
+        *(f(x).reshape(-1, 1, 2, 2) for f in (torch.sin, torch.tanh, torch.exp)), is_causal=True
+    ).square().sum((1, 2, 3)),
+    "LSTM": _recurrent(nn.LSTM),
+    "GRU": _recurrent(nn.GRU),
+    "written in place": _written,
+    "gradient inside": _inner_gradient,
+    "item and if": _noted,
+    "cumprod, a zero": lambda x: (x * torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=x.dtype))
+    .cumprod(1).sum(1),
+    "prod, a zero": lambda x: (x - STEEP[0, 2]).prod(1),
 }  # fmt: skip
 
 

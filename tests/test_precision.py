@@ -33,8 +33,10 @@ HALVES = (torch.bfloat16, torch.float16)
 SOME = [
     "tanh net", "GELU net", "softmax net", "log-ndtr net", "layer norm", "logsumexp",
     "tanh net 20-64-8-64-1", "pair energy", "softplus net at 20 sigma",
+    "softmax, nearly one-hot", "log-softmax, nearly one-hot",
+    "attention: attention, linear",
 ]  # fmt: skip
-CASES = {case.name: case for case in precision.cases()}
+CASES = {case.name: case for case in (*precision.cases(), *precision.zoo())}
 
 
 @pytest.mark.parametrize("name", SOME)

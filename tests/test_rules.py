@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference import randn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxhess import registry
 from fxhess._settings import plain_attention
 from fxhess.capture import capture
 from fxhess.closures import as_module
-from fxhess.kinds import Composite
+from fxhess.kinds import Composite, Elementwise
 from fxhess.testing import Sample, check_sample
 
 FILES = sorted((Path(__file__).parent / "samples").glob("[!_]*.py"))
@@ -70,6 +71,30 @@ def test_sample(sample):
 def test_names_of_samples_are_unique(path):
     names = [s.name for family, s in TABLE if family == path.stem]
     assert names and len(names) == len(set(names))
+
+
+BY_RESULT = [
+    (rule.op, rule.kind)
+    for rule in registry.rules()
+    if isinstance(rule.kind, Elementwise) and rule.kind.by_result
+]
+
+
+@pytest.mark.parametrize(("op", "kind"), BY_RESULT, ids=str)
+def test_second_forms_by_the_result_are_those_by_the_operands(op, kind):
+    """d2y = sum_ij second_ij dx_i dx_j = sum_i by_result_i (dx_i dy + dy dx_i)."""
+    x = [1.5 + randn(8, seed=i) ** 2 for i in range(len(kind.first))]
+    y = op(*x)
+
+    def at(partial):
+        return partial(y, *x) if callable(partial) else torch.full_like(y, partial)
+
+    first = [at(f) for f in kind.first]
+    by_result = [at(kind.by_result.get(i, 0)) for i in range(len(x))]
+    for j in range(len(x)):
+        for i in range(j + 1):
+            want = by_result[i] * first[j] + by_result[j] * first[i]
+            torch.testing.assert_close(at(kind.second.get((i, j), 0)), want)
 
 
 class _Recorder(TorchDispatchMode):
