@@ -106,7 +106,7 @@ def curvature(
                 tuple(labels[i]),
                 tuple(labels[j]),
                 0.5 if i == j else 1.0,
-                a is b and inputs[i] == inputs[j],
+                a is b and labels[i] == labels[j],
             )
         )
     return terms
