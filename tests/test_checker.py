@@ -168,6 +168,8 @@ def test_a_wrong_rule_is_caught(mistake):
     fxhess.register_rule(Rule(use.default, axes, kind))
     with pytest.raises(RuleError, match=message):
         check_rule(use)
+    with pytest.raises(RuleError, match=message):  # by the models that every run of the suite has
+        check_sample(Sample(mistake, use), every=False)
 
 
 def test_a_wrong_equation_is_caught():

@@ -30,7 +30,10 @@ from fxhess import oracle
 from fxhess.cache import programs
 from fxhess.locks import making
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs fork")
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix", reason="needs fork"),
+    pytest.mark.usefixtures("interruptible"),
+]
 
 
 OWN = (str(Path(fxhess.__file__).parent.parent), contextlib.__file__)

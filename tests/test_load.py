@@ -76,6 +76,7 @@ def test_memory_runs_out_in_the_middle_of_a_tile(kind, text, monkeypatch):
             assert_close(hess(x), want)
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("at", [1, 3, 99])
 def test_interrupts_in_capture(at, monkeypatch):
     """Whenever it comes, the next call captures from the start, and PyTorch's settings are back."""

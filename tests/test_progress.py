@@ -132,6 +132,7 @@ while True:
 """
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.skipif(os.name == "nt", reason="signals of a POSIX system")
 def test_ctrl_c_stops_a_call_and_leaves_the_module_right():
     with subprocess.Popen(

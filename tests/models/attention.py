@@ -23,10 +23,11 @@ def _layer(**options: Any) -> nn.TransformerEncoderLayer:
 
 
 def _encoder(
-    training: bool = True, depth: int = 1, nested: bool = False, **options: Any
+    training: bool = True, depth: int = 0, nested: bool = False, **options: Any
 ) -> nn.Module:
+    """A stack of so many layers; 0: one layer as it is."""
     layer = _layer(**options)
-    stack = nn.TransformerEncoder(layer, depth, enable_nested_tensor=nested) if depth > 1 else layer
+    stack = nn.TransformerEncoder(layer, depth, enable_nested_tensor=nested) if depth else layer
     return stack.train(training)
 
 
@@ -247,9 +248,9 @@ def _case(name: str, build: Callable[[], nn.Module], call: Any = _plain) -> Case
     return Case(name, lambda: Apply(build(), call), (N, E))
 
 
-def _decoder(**options: Any) -> nn.Module:
+def _decoder(depth: int = 1, **options: Any) -> nn.Module:
     given = {"dropout": 0.0, "batch_first": True, **options}
-    return nn.TransformerDecoder(nn.TransformerDecoderLayer(E, 2, 6, **given), 2)
+    return nn.TransformerDecoder(nn.TransformerDecoderLayer(E, 2, 6, **given), depth)
 
 
 def _transformer(**options: Any) -> nn.Module:
@@ -265,12 +266,12 @@ CASES = [
     _case("encoder layer, source mask", _encoder, _masked),
     _case("encoder layer, padding, evaluated", lambda: _encoder(False), _padded),
     _case("encoder, training", lambda: _encoder(depth=2)),
-    _case("encoder, evaluated, dropout", lambda: _encoder(False, 2, dropout=0.5)),
-    _case("encoder, evaluated, causal", lambda: _encoder(False, 2), _causal),
-    _case("encoder, nested tensors, padding", lambda: _encoder(False, 2, nested=True), _padded),
-    _case("encoder, causal and float padding", lambda: _encoder(depth=2), _both_masks),
+    _case("encoder, evaluated, dropout", lambda: _encoder(False, 1, dropout=0.5)),
+    _case("encoder, evaluated, causal", lambda: _encoder(False, 1), _causal),
+    _case("encoder, nested tensors, padding", lambda: _encoder(False, 1, nested=True), _padded),
+    _case("encoder, causal and float padding", lambda: _encoder(depth=1), _both_masks),
     Case("encoder, frozen", Frozen, (N, E)),
-    _case("decoder", _decoder, _decoded),
+    _case("decoder", lambda: _decoder(2), _decoded),
     _case("decoder, evaluated, norm first", lambda: _decoder(norm_first=True).eval(), _decoded),
     _case("decoder, memory padding", _decoder, _memory_padded),
     _case("transformer", lambda: _transformer(batch_first=True), _both),
