@@ -87,13 +87,13 @@ def test_names_of_samples_are_unique(path):
 
 
 BY_RESULT = [
-    (rule.op, rule.kind)
+    pytest.param(rule.op, rule.kind, id=str(rule.op))
     for rule in registry.rules()
     if isinstance(rule.kind, Elementwise) and rule.kind.by_result
 ]
 
 
-@pytest.mark.parametrize(("op", "kind"), BY_RESULT, ids=str)
+@pytest.mark.parametrize(("op", "kind"), BY_RESULT)
 def test_second_forms_by_the_result_are_those_by_the_operands(op, kind):
     """d2y = sum_ij second_ij dx_i dx_j = sum_i by_result_i (dx_i dy + dy dx_i)."""
     x = [1.5 + randn(8, seed=i) ** 2 for i in range(len(kind.first))]
