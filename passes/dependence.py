@@ -27,6 +27,15 @@ from fxhess.passes.singular import constant_point, finite_at
 _LEVELS = (0.5, 1.0)
 
 
+def _decides(node: fx.Node) -> bool:
+    """Whether its own operands decide what the result depends on: others would decide otherwise
+    (``remainder(c, x)`` where its quotient is 0)."""
+    kind = known_fact(node).kind
+    return isinstance(kind, Elementwise) and any(
+        is_piecewise_linear(kind, i) for i in range(len(kind.first))
+    )
+
+
 class Dependence:
     """``sheltered``: the operations to shelter, with a harmless argument for each operand (none
     where the kind has no numbers to try); ``varied``: all nodes with an entry that may not depend
@@ -46,7 +55,9 @@ class Dependence:
                 whole = level is None or not level.numel() or bool((level == 1).all())
                 self.levels[node] = None if whole else level
         self.sheltered = {
-            n: p for n, p in points.items() if self.varied(n) and not self._is_safe(n)
+            n: p
+            for n, p in points.items()
+            if self.varied(n) and not self._is_safe(n) and not _decides(n)
         }
 
     def varied(self, node: fx.Node) -> bool:

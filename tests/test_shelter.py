@@ -204,3 +204,14 @@ def test_nothing_is_paid_where_no_singular_operation_sees_a_constant(model, monk
     fxhess.cache_clear()
     assert fxhess.transform(model, ALL).graph_module(X).code == code
     fxhess.cache_clear()
+
+
+@pytest.mark.parametrize("operation", [torch.remainder, torch.fmod])
+def test_quotients_of_zero_decide_by_the_true_values(operation):
+    c = torch.tensor([5.5, -7.2, 0.3, -0.4, 1.0], dtype=torch.float64)
+
+    def model(x):
+        return torch.sin(operation(c, x)).sum(-1) + torch.sin(operation(x, c)).sum(-1)
+
+    x = torch.tensor([[1.3, 2.1, 2.2, 1.7, 3.1], [9.0, 8.5, 0.11, 0.13, 0.7]], dtype=torch.float64)
+    assert_close(fxhess.transform(model)(x), oracle.hessian(model, x), 1e-12)
