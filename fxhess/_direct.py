@@ -5,7 +5,7 @@ every call.
 much as a small Hessian takes.  Here the program is functional and its inputs are known, so
 ``torch._inductor`` compiles it as it is, and one check in C++ of the inputs' types, sizes and
 strides replaces that proof.  Where PyTorch's internals have moved, or anything else stands in the
-way, :func:`direct` says so with None, and its caller takes the public ``torch.compile``.
+way, there is no code (None), and :class:`Direct` takes the public ``torch.compile``.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ TILE_BYTES = {"cpu": 12 << 20}
 
 _KEPT = 0.1  # the share of calls that find hoisted work outdated
 _CACHED = 1 << 21  # bytes that a tile's products find in the cache again
-_SYMMETRIC = frozenset({"symmetric_product", "flat_symmetric_product"})
-_PRODUCTS = frozenset({"matmul", "mm", "bmm", "linear", "flat_product"}) | _SYMMETRIC
+_SYMMETRIC = "symmetric_product"
+_PRODUCTS = frozenset({"matmul", "mm", "bmm", "linear", "flat_product", _SYMMETRIC})
 _SPECIAL = frozenset(
     {"tanh", "exp", "expm1", "log", "log1p", "sigmoid", "softplus", "erf", "erfc", "sin", "cos",
      "tan", "atan", "sinh", "cosh", "pow", "logsigmoid", "gelu", "silu", "softmax", "log_softmax"}
@@ -59,16 +59,14 @@ def flops(node: fx.Node) -> int:
     if name_of(node) in _PRODUCTS:
         first = node.all_input_nodes[0].meta[VAL]
         work = 2 * value.numel() * int(first.shape[-1])
-        return round(work * symmetric.share(value.shape[-1])) if _is_symmetric(node) else work
+        return (
+            round(work * symmetric.share(value.shape[-1])) if name_of(node) == _SYMMETRIC else work
+        )
     if name_of(node) == "convolution":
         given, weight = (n.meta[VAL] for n in node.all_input_nodes[:2])
         steps = given.numel() if _is_transposed(node) else value.numel()
         return 2 * steps * math.prod(int(s) for s in weight.shape[1:])
     return int(value.numel())
-
-
-def _is_symmetric(node: fx.Node) -> bool:
-    return name_of(node) in _SYMMETRIC
 
 
 def _is_transposed(convolution: fx.Node) -> bool:
@@ -269,7 +267,7 @@ def _copied_bytes(node: fx.Node) -> int:
     if name not in _RESHAPES and name not in _PRODUCTS:
         return 0
     taken = 0
-    if name in _SYMMETRIC:  # one block of rows, before it is added to its transpose
+    if name == _SYMMETRIC:  # one block of rows, before it is added to its transpose
         value = node.meta[VAL]
         start, stop = list(symmetric.blocks(value.shape[-1]))[-1]
         taken = (stop - start) * value[..., 0].numel() * value.element_size()

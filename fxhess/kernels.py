@@ -37,13 +37,6 @@ def flat_product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     return torch.matmul(rows, matrix)
 
 
-def flat_symmetric_product(
-    rows: torch.Tensor, matrix: torch.Tensor, axis: int = 1, *, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """:func:`fxhess.symmetric.symmetric_product` of rows and one matrix for all of them."""
-    return symmetric_product(rows, matrix, axis, out=out, product=flat_product)
-
-
 def transposed_convolution(
     g: torch.Tensor,
     weight: torch.Tensor,
@@ -75,22 +68,18 @@ def transposed_convolution(
     return torch.convolution(g, weight, None, stride, padding, dilation, True, extra, groups)
 
 
-# Products, and their forms for one matrix for all rows.
-_FLAT: Any = {torch.matmul: flat_product, symmetric_product: flat_symmetric_product}
-
-
 def use_fast_kernels(graph: fx.Graph) -> fx.Graph:
     """Replace flat products and transposed convolutions by the fastest exact kernel of the device,
     in place."""
     for node in graph.nodes:
         if node.target is torch.convolution and node.args[6] is True:
             node.target = transposed_convolution
-        if node.op != "call_function" or node.target not in _FLAT:
+        if node.op != "call_function" or node.target is not torch.matmul:
             continue
-        rows, matrix = (n.meta[VAL] for n in node.args[:2])
+        rows, matrix = (n.meta[VAL] for n in node.args)
         plain = matrix.ndim == 2 and rows.ndim >= 2 and rows.dtype == matrix.dtype == torch.float32
         if plain and matrix.numel() >= _SMALL_MATRIX:
-            node.target = _FLAT[node.target]
+            node.target = flat_product
     return graph
 
 
@@ -103,15 +92,10 @@ def _flat_product_like(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor
     return rows.new_empty((*rows.shape[:-1], matrix.shape[-1]))
 
 
-def _any_symmetric_product(rows: torch.Tensor, matrix: torch.Tensor, axis: int) -> torch.Tensor:
-    flat = matrix.ndim == 2 and rows.dtype == torch.float32
-    return (flat_symmetric_product if flat else symmetric_product)(rows, matrix, axis)
-
-
 torch.library.define(
     "fxhess::symmetric_product", "(Tensor rows, Tensor matrix, int axis) -> Tensor"
 )
-torch.library.impl("fxhess::symmetric_product", "CompositeExplicitAutograd", _any_symmetric_product)
+torch.library.impl("fxhess::symmetric_product", "CompositeExplicitAutograd", symmetric_product)
 
 
 @torch.library.register_fake("fxhess::symmetric_product")
@@ -148,7 +132,7 @@ def for_compiler(graph: fx.Graph) -> fx.Graph:
         if node.target is flat_product:
             large = node.args[1].meta[VAL].numel() >= _LARGE_MATRIX
             node.target = torch.ops.fxhess.flat_product.default if large else torch.matmul
-        elif node.target in (symmetric_product, flat_symmetric_product):
+        elif node.target is symmetric_product:
             node.target = torch.ops.fxhess.symmetric_product.default
         elif node.target is transposed_convolution:
             node.target = torch.ops.fxhess.transposed_convolution.default
@@ -160,7 +144,6 @@ _IN_PLACE_FORMS = {
     operator.mul: torch.mul,
     triangle.unpack: triangle.unpack,
     symmetric_product: symmetric_product,
-    flat_symmetric_product: flat_symmetric_product,
 }
 
 

@@ -218,7 +218,6 @@ OPERATIONS: Mapping[str, Operation] = {
     "bmm": _matmul,
     "flat_product": _matmul,
     "symmetric_product": _symmetric_product,
-    "flat_symmetric_product": _symmetric_product,
     "stack": _stack,
     "cat": _cat,
     "full": _full,
@@ -227,7 +226,4 @@ OPERATIONS: Mapping[str, Operation] = {
 }
 
 # Those that can write a result piece by piece, from its number.
-WRITING: Mapping[str, Callable[..., None]] = {
-    "symmetric_product": _write_symmetric_product,
-    "flat_symmetric_product": _write_symmetric_product,
-}
+WRITING: Mapping[str, Callable[..., None]] = {"symmetric_product": _write_symmetric_product}

@@ -10,6 +10,7 @@ from fxhess.lane_products import Products
 from fxhess.lane_values import NoLanesError, Value, dense, place
 
 _ROW = 512  # entries of a result that are made before they are stored
+SYMMETRIC_ROWS = 24  # of a block of a symmetric result: whole tiles, whole panels
 
 
 class Results:
@@ -64,6 +65,3 @@ class Results:
             f"store_symmetric<U>([&](long start, long stop, V* c) {{"
             f" {self._products.of_rows(a, b)} }}, {name}, {d}, (T*)p[{number_of}], first, samples);"
         )
-
-
-SYMMETRIC_ROWS = 24  # of a block: as in the header

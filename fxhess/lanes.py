@@ -30,7 +30,7 @@ from fxhess.cost import flops, name_of
 from fxhess.emit import VAL
 from fxhess.lane_code import Code
 from fxhess.lane_products import Products
-from fxhess.lane_results import Results
+from fxhess.lane_results import SYMMETRIC_ROWS, Results
 from fxhess.lane_values import (
     NOMINAL,
     Axis,
@@ -325,6 +325,7 @@ class Lanes:
         width = _WIDE if code.packed * self.dtype.itemsize > _CACHED else _USUAL
         shared, block = ("\n  ".join(part.lines) for part in (code.shared, code.block))
         return f"""typedef {_KINDS[self.dtype]} T;
+constexpr long SYMMETRIC_ROWS = {SYMMETRIC_ROWS};
 {header}
 template <int U>
 static void block(void* const* p, void* const* k, T* shared, T* packed, V* own, long first,

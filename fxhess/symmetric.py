@@ -13,11 +13,12 @@ arithmetic is little more than half; what lies above is copied from below.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import fx
 
+from fxhess import _running
 from fxhess.emit import SYMMETRIC, VAL
 
 _ROWS = 48  # of a block, at least: fewer make slow products
@@ -43,17 +44,18 @@ def symmetric_product(
     axis: int = 1,
     *,
     out: torch.Tensor | None = None,
-    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.matmul,
 ) -> torch.Tensor:
     """``A + A^T``, ``[B, d, d]``, for the product A of rows ``[B, d, k]`` (``[d, B, k]`` with
-    ``axis=0``) and a matrix ``[k, d]`` or ``[B, k, d]``, where A is symmetric but for rounding."""
+    ``axis=0``) and a matrix ``[k, d]`` or ``[B, k, d]``, where A is symmetric but for rounding.
+    Has no derivative formula."""
     size, batch = rows.shape[axis], rows.shape[1 - axis]
     if out is None:
         out = rows.new_empty((batch, size, size))
-    if matrix.ndim == 2:  # its first columns as rows one behind the other
-        matrix = matrix.t().contiguous().t()
+    flat = matrix.ndim == 2 and rows.dtype == matrix.dtype == torch.float32
+    columns = matrix.mT.contiguous() if matrix.ndim == 2 else matrix.mT  # [.., d, k]
     for start, stop in blocks(size):
-        part = product(rows.narrow(axis, start, stop - start), matrix[..., :stop])
+        own, first = rows.narrow(axis, start, stop - start), columns[..., :stop, :]
+        part = _running.onednn_linear(own, first) if flat else torch.matmul(own, first.mT)
         part = part.movedim(axis, 1)
         left, square = part[..., :start], part[..., start:]
         torch.add(square, square.mT, out=out[:, start:stop, start:stop])

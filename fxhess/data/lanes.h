@@ -374,8 +374,7 @@ static void store(const V* packs, long n, T* out, long stride, long first, long 
 
 // A + A^T for an A of [d, d] that is symmetric but for rounding, as entries of rows that lie d * d
 // apart.  product(start, stop, c) gives rows `start` to `stop` of A up to column `stop`; `rows` has
-// room for those of a block and one more.
-constexpr long SYMMETRIC_ROWS = 24;
+// room for those of a block and one more.  The program defines SYMMETRIC_ROWS, those of a block.
 static_assert(SYMMETRIC_ROWS % ROWS == 0 && SYMMETRIC_ROWS % COLUMNS == 0, "whole tiles");
 static_assert(SYMMETRIC_ROWS % PANEL == 0, "whole panels");
 
