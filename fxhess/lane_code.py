@@ -31,7 +31,6 @@ class Code:
     def __init__(self) -> None:
         self.shared, self.block = Part(False), Part(True)
         self.panels = "0"  # entries of all packed matrices
-        self.packed = 0  # about so many
         self._names = itertools.count()
         self._free: list[tuple[int, int]] = []  # start and length
         self._arrays: dict[str, tuple[int, int]] = {}

@@ -191,6 +191,12 @@ def _like(value: float) -> Operation:
     return lambda lanes, other, **kwargs: lanes.filled(other.axes, value)
 
 
+def _write_unpacked(
+    lanes: Lanes, number_of: int, packed: Value, positions: Value, sizes: Sequence[int]
+) -> None:
+    lanes.results.packed(lanes.in_memory(packed), math.prod(sizes), number_of)
+
+
 OPERATIONS: Mapping[str, Operation] = {
     **{name: _pointwise(text) for name, text in (*_UNARY.items(), *_BINARY.items())},
     **VIEWS,
@@ -226,4 +232,7 @@ OPERATIONS: Mapping[str, Operation] = {
 }
 
 # Those that can write a result piece by piece, from its number.
-WRITING: Mapping[str, Callable[..., None]] = {"symmetric_product": _write_symmetric_product}
+WRITING: Mapping[str, Callable[..., None]] = {
+    "symmetric_product": _write_symmetric_product,
+    "unpack": _write_unpacked,
+}

@@ -129,7 +129,6 @@ class Products:
             name = self._packed[key] = code.name("w")
             code.declare(f"T* const {name} = packed + ({code.panels});")
             code.panels = f"{code.panels} + {math.prod(sizes)} * {one}"
-            code.packed += math.prod(sizes) * K * N
             if at.array in self._kept:
                 self.packs_kept = True
                 code.shared.lines.append("if (!known)")

@@ -46,7 +46,7 @@ class Results:
         start = source.strided.at((0, *(outer if source is value else ()), *inner))
         row = place((*outer, *inner), (*rows, *behind))
         part.lines.append(
-            f"store<U>({source.strided.array} + ({start}) * U, {math.prod(behind)},"
+            f"store_packs<U>({source.strided.array} + ({start}) * U, {math.prod(behind)},"
             f" (T*)p[{number_of}] + ({row}), {value.count}, first, samples);"
         )
         self._code.close(part, rows)
@@ -59,9 +59,22 @@ class Results:
         if a.axes[:1] != (None,) or not isinstance(d, int) or not a.lanes:
             raise NoLanesError("another symmetric product")
         self.sizes.append((d, d))
-        rows = self._code.array((None, SYMMETRIC_ROWS + 1, d), True)
+        rows = self._code.array((None, SYMMETRIC_ROWS, d), True)
         (name,) = rows.arrays
         self._code.block.lines.append(
             f"store_symmetric<U>([&](long start, long stop, V* c) {{"
             f" {self._products.of_rows(a, b)} }}, {name}, {d}, (T*)p[{number_of}], first, samples);"
+        )
+
+    def packed(self, value: Value, d: int, number_of: int) -> None:
+        """Store upper triangles of ``[d, d]``, row by row, as whole symmetric matrices."""
+        at = value.strided
+        if value.axes[:1] != (None,) or len(value.axes) != 2 or not value.lanes or at is None:
+            raise NoLanesError("triangles of another kind")
+        if at.steps[1] != 1:
+            raise NoLanesError("triangles that are not row by row")
+        self.sizes.append((d, d))
+        self._code.block.lines.append(
+            f"store_packed<U>({at.array} + ({at.offset}) * U, {d}, (T*)p[{number_of}], first,"
+            " samples);"
         )

@@ -51,8 +51,7 @@ from fxhess.lane_values import (
 __all__ = ["Lanes", "Operation"]
 
 _LONG = 4000  # lines
-# Vectors of a block.  Weights that no cache near the core holds are read once for each block.
-_USUAL, _WIDE, _CACHED = 2, 4, 1 << 20
+_WIDTH = 2  # vectors of a block: products with 4 read their operands from a cache farther away
 _SMALL = 300_000  # operations of a call that one thread does faster alone
 _TYPES = {torch.int64: "int64_t", torch.int32: "int32_t", torch.bool: "bool"}
 _KINDS = {torch.float32: "float", torch.float64: "double"}
@@ -322,7 +321,6 @@ class Lanes:
         (or none) and whether these are of the same inputs; gives 0, 1 where there is no room, 2
         where an index is out of range."""
         code = self.code
-        width = _WIDE if code.packed * self.dtype.itemsize > _CACHED else _USUAL
         shared, block = ("\n  ".join(part.lines) for part in (code.shared, code.block))
         return f"""typedef {_KINDS[self.dtype]} T;
 constexpr long SYMMETRIC_ROWS = {SYMMETRIC_ROWS};
@@ -346,7 +344,7 @@ extern "C" int run(void* const* p, void* const* k, long samples, int threads, vo
                    int known) {{
   return in_blocks(p, k, samples, samples * {max(1, self.work)}.0 < {_SMALL} ? 1 : threads,
                    {code.shared.room}, (T*)kept, packs(), known, {code.block.room}, once, block<1>,
-                   block<{width}>, {width});
+                   block<{_WIDTH}>, {_WIDTH});
 }}
 """
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import fxhess
 from benchmarks import models
-from fxhess import _lanes, _running
+from fxhess import _lanes, _running, oracle
 from fxhess._direct import Direct
 from fxhess.execute import Execution
 
@@ -302,7 +302,27 @@ def test_what_is_kept_is_packed_again_only_where_it_is_another_tensor():
             assert torch.equal(got, known[i % 2])
 
 
-def test_wide_blocks_for_large_weights():
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-13)])
+@pytest.mark.parametrize("d", [16, 23])
+def test_triangles_are_written_whole(d, dtype, tolerance, monkeypatch):
+    sources, load = [], _lanes._load
+    monkeypatch.setattr(_lanes, "_load", lambda source: sources.append(source) or load(source))
+    model = models.Glm(d, 400).to(dtype).requires_grad_(False)
+    hess = fxhess.transform(model)
+    x = randn(3, d).to(dtype)
+    execution = Execution.of(hess.graph_module(x), 1, False)
+    rest = list(execution.prologue.forward(*hess.tensors(x).values()))
+    code = _lanes.compiled(execution.body.graph, [x, *rest, x.new_empty(3, d, d)], 1, 1)
+    assert "store_packed<U>(v" in sources[0]
+    for batch in (1, 8, 16, 37, 300):
+        x = randn(batch, d, seed=batch).to(dtype)
+        out = x.new_full((batch, d, d), torch.nan)
+        code([x, *rest, out])
+        assert torch.allclose(out, oracle.hessian(model, x), 0, tolerance * d)
+        assert torch.equal(out, out.mT)
+
+
+def test_blocks_of_several_vectors():
     net = models.tanh_net(16, 700, 500, 1).requires_grad_(False)
     hess = fxhess.transform(net, "value")
     code, rest = lanes_of(hess, randn(4, 16).float())

@@ -355,48 +355,66 @@ INLINE void transpose(V (&a)[W]) {
   }
 }
 
-// Packs as n entries of rows that are `stride` apart.
-template <int U>
-static void store(const V* packs, long n, T* out, long stride, long first, long samples) {
-  const T* from = (const T*)packs;
+// n entries as rows that are `stride` apart; entry(i, u) gives vector u of entry i.
+template <int U, class F>
+INLINE void store(F entry, long n, T* out, long stride, long first, long samples) {
   const long count = samples - first < U * W ? samples - first : U * W;
   const long whole = count == U * W ? n / W * W : 0;
+  out += first * stride;
   for (long i = 0; i < whole; i += W)
-    for (int u = 0; u < U; u++) {
+    UNROLL for (int u = 0; u < U; u++) {
       V a[W];
-      for (int l = 0; l < W; l++) a[l] = packs[(i + l) * U + u];
+      UNROLL for (int l = 0; l < W; l++) a[l] = entry(i + l, u);
       transpose(a);
-      for (int l = 0; l < W; l++) std::memcpy(out + (first + u * W + l) * stride + i, &a[l], sizeof(V));
+      UNROLL for (int l = 0; l < W; l++) std::memcpy(out + (u * W + l) * stride + i, &a[l], sizeof(V));
     }
-  for (long l = 0; l < count; l++)
-    for (long i = whole; i < n; i++) out[(first + l) * stride + i] = from[i * U * W + l];
+  for (long i = whole; i < n; i++)
+    for (int u = 0; u < U; u++) {
+      const V a = entry(i, u);
+      for (long l = 0; l < W && u * W + l < count; l++) out[(u * W + l) * stride + i] = a[l];
+    }
+}
+
+// The same of packs.
+template <int U>
+static void store_packs(const V* packs, long n, T* out, long stride, long first, long samples) {
+  store<U>([&](long i, int u) { return packs[i * U + u]; }, n, out, stride, first, samples);
+}
+
+// Upper triangles, row by row, as whole symmetric matrices [d, d].
+template <int U>
+static void store_packed(const V* packed, long d, T* out, long first, long samples) {
+  for (long r = 0; r < d; r++) {
+    const auto entry = [&](long n, int u) {
+      const long low = n < r ? n : r, high = n < r ? r : n;
+      return packed[(low * (2 * d - 1 - low) / 2 + high) * U + u];
+    };
+    store<U>(entry, d, out + r * d, d * d, first, samples);
+  }
 }
 
 // A + A^T for an A of [d, d] that is symmetric but for rounding, as entries of rows that lie d * d
 // apart.  product(start, stop, c) gives rows `start` to `stop` of A up to column `stop`; `rows` has
-// room for those of a block and one more.  The program defines SYMMETRIC_ROWS, those of a block.
+// room for those of a block.  The program defines SYMMETRIC_ROWS, those of a block.
 static_assert(SYMMETRIC_ROWS % ROWS == 0 && SYMMETRIC_ROWS % COLUMNS == 0, "whole tiles");
 static_assert(SYMMETRIC_ROWS % PANEL == 0, "whole panels");
 
 template <int U, class F>
 static void store_symmetric(F product, V* rows, long d, T* out, long first, long samples) {
-  V* const row = rows + SYMMETRIC_ROWS * d * U;
   const V two = all(2);
   for (long start = 0; start < d; start += SYMMETRIC_ROWS) {
     const long stop = start + SYMMETRIC_ROWS < d ? start + SYMMETRIC_ROWS : d;
     product(start, stop, rows);
     for (long r = start; r < stop; r++) {
-      for (long n = 0; n < stop; n++) {
-        const V* from = n <= r ? rows + ((r - start) * stop + n) * U : rows + ((n - start) * stop + r) * U;
-        UNROLL for (int u = 0; u < U; u++) row[n * U + u] = from[u] * two;
-      }
-      store<U>(row, stop, out + r * d, d * d, first, samples);
+      const auto entry = [&](long n, int u) {
+        const long low = n < r ? n : r, high = n < r ? r : n;
+        return rows[((high - start) * stop + low) * U + u] * two;
+      };
+      store<U>(entry, stop, out + r * d, d * d, first, samples);
     }
     for (long n = 0; n < start; n++) {
-      for (long r = start; r < stop; r++)
-        UNROLL for (int u = 0; u < U; u++)
-          row[(r - start) * U + u] = rows[((r - start) * stop + n) * U + u] * two;
-      store<U>(row, stop - start, out + n * d + start, d * d, first, samples);
+      const auto entry = [&](long r, int u) { return rows[(r * stop + n) * U + u] * two; };
+      store<U>(entry, stop - start, out + n * d + start, d * d, first, samples);
     }
   }
 }
