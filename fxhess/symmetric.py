@@ -78,9 +78,8 @@ def use_symmetric_products(graph: fx.Graph) -> fx.Graph:
         new.meta = dict(node.meta)
         new.name = node.name
         node.replace_all_uses_with(new)
-        for unused in (node, *node.all_input_nodes[::-1]):
+        for unused in dict.fromkeys((node, *node.all_input_nodes[::-1], product)):
             _erase(graph, unused)
-        _erase(graph, product)
     return graph
 
 

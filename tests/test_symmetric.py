@@ -1,6 +1,7 @@
 """Products whose result is symmetric: one triangle is computed, the Hessian is the same."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -146,3 +147,13 @@ def test_the_mark_is_kept_on_disk_and_read_from_files_without_it():
         node.pop()  # as earlier versions wrote it
     earlier, _ = serial.graph_from_data(data)
     assert [n.name for n in earlier.nodes if n.meta.get(SYMMETRIC)] == []
+
+
+@pytest.mark.parametrize("strategy", ["auto", "close", "rebase"])
+def test_it_is_written_without_a_warning(strategy):
+    hess = fxhess.transform(mlp(100, 100, 100, 1).requires_grad_(False), strategy=strategy)
+    x = randn(7, 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = hess(x)
+    assert_close(got, oracle.hessian(hess.model, x), 1e-12)
