@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fxhess.lane_values import NOMINAL, NoLanesError, Value
-from fxhess.lane_views import VIEWS, dropped, numbers, transpose, unsqueeze
+from fxhess.lane_views import VIEWS, checked, dropped, numbers, transpose, unsqueeze
 from fxhess.lanes import Lanes, Operation
 
 # --- expressions of single entries ----------------------------------------------------------------
@@ -194,7 +194,8 @@ def _like(value: float) -> Operation:
 def _write_unpacked(
     lanes: Lanes, number_of: int, packed: Value, positions: Value, sizes: Sequence[int]
 ) -> None:
-    lanes.results.packed(lanes.in_memory(packed), math.prod(sizes), number_of)
+    checked(lanes, packed, -1, positions)
+    lanes.results.chosen(lanes.in_memory(packed), positions, (*sizes, *sizes), number_of)
 
 
 OPERATIONS: Mapping[str, Operation] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from fxhess.lane_code import Code
@@ -66,15 +67,14 @@ class Results:
             f" {self._products.of_rows(a, b)} }}, {name}, {d}, (T*)p[{number_of}], first, samples);"
         )
 
-    def packed(self, value: Value, d: int, number_of: int) -> None:
-        """Store upper triangles of ``[d, d]``, row by row, as whole symmetric matrices."""
-        at = value.strided
+    def chosen(self, value: Value, index: Value, sizes: Sequence[int], number_of: int) -> None:
+        """Store the entries of ``[B, n]`` at the places ``index`` as ``[B, *sizes]``."""
+        at, count = value.strided, index.count
         if value.axes[:1] != (None,) or len(value.axes) != 2 or not value.lanes or at is None:
-            raise NoLanesError("triangles of another kind")
-        if at.steps[1] != 1:
-            raise NoLanesError("triangles that are not row by row")
-        self.sizes.append((d, d))
+            raise NoLanesError("entries chosen along the batch")
+        self.sizes.append(tuple(sizes))
+        entry = f"{at.array}[({at.at((0, index.at(('i',))))}) * U + u]"
         self._code.block.lines.append(
-            f"store_packed<U>({at.array} + ({at.offset}) * U, {d}, (T*)p[{number_of}], first,"
-            " samples);"
+            f"store<U>([&](long i, int u) {{ return {entry}; }}, {count}, (T*)p[{number_of}],"
+            f" {count}, first, samples);"
         )

@@ -208,11 +208,17 @@ def _getitem(lanes: Lanes, value: Any, index: Any) -> Value:
     return value
 
 
-def _index_select(lanes: Lanes, value: Value, dim: int, index: Value) -> Value:
+def checked(lanes: Lanes, value: Value, dim: int, index: Value) -> int:
+    """The axis along which an index is the same for all samples, and within its limits."""
     d = dim % len(value.axes)
     if not isinstance(value.axes[d], int) or index.lanes or index.work:
         raise NoLanesError("an index along the batch, or of each sample")
     lanes.check(index, size(value.axes[d]))
+    return d
+
+
+def _index_select(lanes: Lanes, value: Value, dim: int, index: Value) -> Value:
+    d = checked(lanes, value, dim, index)
     value = lanes.stored(value) if value.work else value
     axes = [*value.axes[:d], index.count, *value.axes[d + 1 :]]
     return view(value, axes, lambda i: [*i[:d], index.at((i[d],)), *i[d + 1 :]])

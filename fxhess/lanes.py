@@ -51,7 +51,7 @@ from fxhess.lane_values import (
 __all__ = ["Lanes", "Operation"]
 
 _LONG = 4000  # lines
-_WIDTH = 2  # vectors of a block: products with 4 read their operands from a cache farther away
+_WIDTH = 2  # vectors of a block: 4 took longer where weights are large, else as long
 _SMALL = 300_000  # operations of a call that one thread does faster alone
 _TYPES = {torch.int64: "int64_t", torch.int32: "int32_t", torch.bool: "bool"}
 _KINDS = {torch.float32: "float", torch.float64: "double"}

@@ -313,7 +313,7 @@ def test_triangles_are_written_whole(d, dtype, tolerance, monkeypatch):
     execution = Execution.of(hess.graph_module(x), 1, False)
     rest = list(execution.prologue.forward(*hess.tensors(x).values()))
     code = _lanes.compiled(execution.body.graph, [x, *rest, x.new_empty(3, d, d)], 1, 1)
-    assert "store_packed<U>(v" in sources[0]
+    assert "return v" in sources[0].split("block(void")[1]  # straight from where it lies
     for batch in (1, 8, 16, 37, 300):
         x = randn(batch, d, seed=batch).to(dtype)
         out = x.new_full((batch, d, d), torch.nan)

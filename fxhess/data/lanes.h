@@ -381,18 +381,6 @@ static void store_packs(const V* packs, long n, T* out, long stride, long first,
   store<U>([&](long i, int u) { return packs[i * U + u]; }, n, out, stride, first, samples);
 }
 
-// Upper triangles, row by row, as whole symmetric matrices [d, d].
-template <int U>
-static void store_packed(const V* packed, long d, T* out, long first, long samples) {
-  for (long r = 0; r < d; r++) {
-    const auto entry = [&](long n, int u) {
-      const long low = n < r ? n : r, high = n < r ? r : n;
-      return packed[(low * (2 * d - 1 - low) / 2 + high) * U + u];
-    };
-    store<U>(entry, d, out + r * d, d * d, first, samples);
-  }
-}
-
 // A + A^T for an A of [d, d] that is symmetric but for rounding, as entries of rows that lie d * d
 // apart.  product(start, stop, c) gives rows `start` to `stop` of A up to column `stop`; `rows` has
 // room for those of a block.  The program defines SYMMETRIC_ROWS, those of a block.
