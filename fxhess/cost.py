@@ -207,16 +207,28 @@ def total(nodes: Iterable[fx.Node], rates: Rates, compiled: bool = False) -> flo
 
 
 def own_bytes(node: fx.Node) -> int:
-    """Bytes of memory that an operation's result takes, 0 where it is a view."""
+    """Bytes of memory that an operation's result takes, 0 where it is a view or overwrites another
+    value (:mod:`fxhess.overwrite`)."""
     value = node.meta.get(VAL)
-    if not isinstance(value, torch.Tensor) or not flops(node):
+    if not isinstance(value, torch.Tensor) or not flops(node) or _overwritten(node):
         return 0
     return value.numel() * value.element_size()
 
 
+def _overwritten(node: fx.Node) -> fx.Node | None:
+    """The value that an operation writes into; a program's results are none."""
+    into = node.kwargs.get("out")
+    return into if isinstance(into, fx.Node) and into.op != "placeholder" else None
+
+
 def peak_bytes(nodes: Sequence[fx.Node]) -> int:
     """Bytes that are worked on at once: each value counts until its own last use."""
-    return _peak(nodes, {})
+    bases: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        base = _overwritten(node)
+        if base is not None:
+            bases[node] = bases.get(base, base)
+    return _peak(nodes, bases, False)
 
 
 def held_bytes(nodes: Sequence[fx.Node]) -> int:
@@ -225,12 +237,12 @@ def held_bytes(nodes: Sequence[fx.Node]) -> int:
     bases: dict[fx.Node, fx.Node] = {}
     for node in nodes:
         if own_bytes(node) + _copied_bytes(node) == 0 and node.all_input_nodes:
-            base = node.all_input_nodes[0]
+            base = _overwritten(node) or node.all_input_nodes[0]
             bases[node] = bases.get(base, base)
-    return _peak(nodes, bases)
+    return _peak(nodes, bases, True)
 
 
-def _peak(nodes: Sequence[fx.Node], bases: Mapping[fx.Node, fx.Node]) -> int:
+def _peak(nodes: Sequence[fx.Node], bases: Mapping[fx.Node, fx.Node], copies: bool) -> int:
     last: dict[fx.Node, int] = {}
     for i, node in enumerate(nodes):
         for operand in node.all_input_nodes:
@@ -238,7 +250,7 @@ def _peak(nodes: Sequence[fx.Node], bases: Mapping[fx.Node, fx.Node]) -> int:
     alive = peak = 0
     sizes: dict[fx.Node, int] = {}
     for i, node in enumerate(nodes):
-        own, copied = own_bytes(node), _copied_bytes(node) if bases else 0
+        own, copied = own_bytes(node), _copied_bytes(node) if copies else 0
         kept = copied if node.op != "placeholder" and not own else 0  # a reshape's is its result
         sizes[node] = own + kept
         alive += own + kept

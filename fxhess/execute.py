@@ -18,6 +18,7 @@ from fxhess.emit import VAL
 from fxhess.errors import InputError
 from fxhess.kernels import for_compiler, use_fast_kernels, write_results
 from fxhess.outputs import Given
+from fxhess.overwrite import overwrite
 from fxhess.passes.hoist import divide, hoist
 from fxhess.passes.simplify import is_repeatable
 from fxhess.progress import advance
@@ -26,7 +27,7 @@ from fxhess.symmetric import use_symmetric_products
 _WORTHWHILE = 5_000_000  # operations; below, the fixed cost of this way of running shows
 _WORTH_A_CALL = 30_000  # operations a sample; below, a compiler does better with all it can see
 _WORTH_KEEPING = 8  # operations for each entry of the tensors that something depends on
-_AT_ONCE = 20_000_000_000  # operations of a call that takes no tiles: Ctrl-C waits for its end
+_AT_ONCE = 40_000_000_000  # operations of a call that takes no tiles: Ctrl-C waits for its end
 _UNSEEN = 6 << 20  # bytes that kernels and the allocator use for themselves
 _LOOSE = 1.5  # what a tile takes at most, against the estimate
 
@@ -79,7 +80,8 @@ class Execution:
     """A program split for running without autograd.
 
     ``prologue`` maps the model's tensors to what the body needs of them; ``body`` takes x, these
-    and the results to write into.  ``leads`` and ``shapes``: sizes of each result's axes before
+    and the results to write into, and overwrites what it needs no more, where ``functional``, for
+    compilers, does not.  ``leads`` and ``shapes``: sizes of each result's axes before
     and after the batch; ``per_sample``: bytes of working memory a sample needs at the peak,
     ``allocated``: those allocated then, views and copies considered;
     ``hoisted``: bytes of what the prologue gives, and of copies of what it is made of where it is
@@ -89,6 +91,7 @@ class Execution:
 
     prologue: fx.GraphModule
     body: fx.GraphModule
+    functional: fx.Graph
     leads: list[tuple[int, ...]]
     shapes: list[tuple[int, ...]]
     dtypes: list[torch.dtype]
@@ -114,6 +117,12 @@ class Execution:
     def most_samples_at_once(self) -> int:
         """How many samples at most run without tiles where none are needed."""
         return _AT_ONCE // max(1, self.flops)
+
+    def _without_tiles(self, x: torch.Tensor, least: int) -> int:
+        """How many entries of the first batch axis run at once where no tiles are needed: parts of
+        equal size, no larger than that Ctrl-C may wait for."""
+        parts = -(-x.shape[: self.batch_ndim].numel() // max(1, self.most_samples_at_once))
+        return max(least, -(-x.shape[0] // max(1, parts)))
 
     @property
     def worth_a_call(self) -> bool:
@@ -144,18 +153,20 @@ class Execution:
         prologue, body = hoist(graph)
         use_symmetric_products(body)
         nominal = next(iter(graph.nodes)).meta[VAL].shape[:batch_ndim].numel()
-        once, inner = ([n for n in part.nodes if n.op.startswith("call")]
-                       for part in (prologue, body))  # fmt: skip
-        peak, allocated = cost.peak_bytes(inner), cost.held_bytes(inner)
         crossing = {n.name for n in body.nodes if n.op == "placeholder"}
         made = [n for n in calls if n.name in crossing]
         sources = [n for n in prologue.nodes if n.op == "placeholder"]
         kept, rest, taken, keeps = divide(prologue, _WORTH_KEEPING)
         held = sum(map(cost.own_bytes, made)) + sum(_bytes(sources[i]) for i in taken)
         write_results(use_fast_kernels(body))
+        plain = overwrite(body)
+        once, inner = ([n for n in part.nodes if n.op.startswith("call")]
+                       for part in (prologue, plain))  # fmt: skip
+        peak, allocated = cost.peak_bytes(inner), cost.held_bytes(inner)
         return cls(
             _kept.module_of(prologue, "Prologue"),
-            _kept.module_of(body, "Body"),
+            _kept.module_of(plain, "Body"),
+            body,
             before,
             [tuple(v.shape[len(k) + batch_ndim :]) for k, v in zip(before, vals, strict=True)],
             [v.dtype for v in vals],
@@ -182,7 +193,7 @@ class Execution:
         lanes = Direct(
             self.body, self.batch_ndim, self.body.forward, written,
             lambda inputs: _lanes.compiled(
-                self.body.graph, inputs, self.batch_ndim, written,
+                self.functional, inputs, self.batch_ndim, written,
                 [i for i, keep in enumerate(self.keeping.which, 1) if keep],
             ),
         )  # fmt: skip
@@ -190,8 +201,7 @@ class Execution:
         free = not self.given and not any(self.leads)
 
         def in_lanes(x: torch.Tensor, given: Any, step: int, hoisted: Any, out: Any) -> None:
-            most = self.most_samples_at_once // max(1, x.shape[1:].numel())
-            self._in_tiles(lanes, x, given, max(step, most), hoisted, out)
+            self._in_tiles(lanes, x, given, self._without_tiles(x, step), hoisted, out)
 
         def can(x: torch.Tensor, given: Any, step: int, hoisted: Any, out: Any) -> bool:
             return free and lanes.has(x, *hoisted, *out)
@@ -201,7 +211,7 @@ class Execution:
     @cached_property
     def compiled_tiles(self) -> _running.Fastest:
         """The same by tiles only, with the memory that a tile is known to take."""
-        body = _kept.module_of(for_compiler(self.body.graph), "CompiledBody")
+        body = _kept.module_of(for_compiler(self.functional), "CompiledBody")
         fast = _running.compiled(body, self.batch_ndim, self.given)
         if not self.given and not any(self.leads):
             fast = Direct(body, self.batch_ndim, fast, len(self.leads))

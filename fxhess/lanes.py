@@ -51,7 +51,6 @@ from fxhess.lane_values import (
 __all__ = ["Lanes", "Operation"]
 
 _LONG = 4000  # lines
-_WIDTH = 2  # vectors of a block: 4 took longer where weights are large, else as long
 _SMALL = 300_000  # operations of a call that one thread does faster alone
 _TYPES = {torch.int64: "int64_t", torch.int32: "int32_t", torch.bool: "bool"}
 _KINDS = {torch.float32: "float", torch.float64: "double"}
@@ -344,7 +343,7 @@ extern "C" int run(void* const* p, void* const* k, long samples, int threads, vo
                    int known) {{
   return in_blocks(p, k, samples, samples * {max(1, self.work)}.0 < {_SMALL} ? 1 : threads,
                    {code.shared.room}, (T*)kept, packs(), known, {code.block.room}, once, block<1>,
-                   block<{_WIDTH}>, {_WIDTH});
+                   block<WIDTH>);
 }}
 """
 

@@ -36,6 +36,7 @@ from fxhess.passes.differentiate import differentiate, planned
 from fxhess.passes.draft import Draft, Term
 from fxhess.passes.fuse import fuse, fusible
 from fxhess.passes.lower import lower
+from fxhess.passes.order import order
 from fxhess.passes.plan import plan as make_plan
 from fxhess.passes.rejoin import rejoin
 from fxhess.passes.simplify import simplify
@@ -265,6 +266,9 @@ def compile_captured(captured: Captured, x: torch.Tensor, options: Options) -> P
     graph.erase_node(marks)
     check_graph(graph, "simplify")
     clock.mark("simplify")
+    order(graph, [v.node for v in results.values()])
+    check_graph(graph, "order")
+    clock.mark("order")
     module = lower(graph, results)
     check_graph(module.graph, "lower")
     clock.mark("lower")

@@ -59,6 +59,7 @@ LAYERS = (
     {"_lanes"},
     {"passes", "rules"},
     {"kernels"},
+    {"overwrite"},
     {"execute", "pipeline"},
     {"runner"},
     {"serial"},

@@ -5,12 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from reference import randn
+from reference import assert_close, mlp, randn
 from torch import nn
 
 import fxhess
 from benchmarks import models
-from fxhess import _lanes, _running, oracle
+from fxhess import _lanes, _running, execute, oracle
 from fxhess._direct import Direct
 from fxhess.execute import Execution
 
@@ -276,7 +276,7 @@ def test_what_is_kept_is_packed_again_only_where_it_is_another_tensor():
         return list(execution.prologue.forward(*hess.tensors(x).values()))
 
     first, out = hoisted(), torch.empty(40, 20, 20, dtype=x.dtype)
-    code = _lanes.compiled(execution.body.graph, [x, *first, out], 1, 1, kept)
+    code = _lanes.compiled(execution.functional, [x, *first, out], 1, 1, kept)
 
     def call(tensors, batch=40):
         given = randn(batch, 20, seed=batch)
@@ -312,7 +312,7 @@ def test_triangles_are_written_whole(d, dtype, tolerance, monkeypatch):
     x = randn(3, d).to(dtype)
     execution = Execution.of(hess.graph_module(x), 1, False)
     rest = list(execution.prologue.forward(*hess.tensors(x).values()))
-    code = _lanes.compiled(execution.body.graph, [x, *rest, x.new_empty(3, d, d)], 1, 1)
+    code = _lanes.compiled(execution.functional, [x, *rest, x.new_empty(3, d, d)], 1, 1)
     assert "return v" in sources[0].split("block(void")[1]  # straight from where it lies
     for batch in (1, 8, 16, 37, 300):
         x = randn(batch, d, seed=batch).to(dtype)
@@ -320,6 +320,37 @@ def test_triangles_are_written_whole(d, dtype, tolerance, monkeypatch):
         code([x, *rest, out])
         assert torch.allclose(out, oracle.hessian(model, x), 0, tolerance * d)
         assert torch.equal(out, out.mT)
+
+
+@pytest.mark.parametrize(
+    "shape, most, parts",
+    [
+        ((60, 40), None, [60]),
+        ((60, 40), 25, [20, 20, 20]),
+        ((4, 10, 40), None, [4]),
+        ((4, 10, 40), 21, [2, 2]),
+    ],
+)
+def test_large_calls_are_not_cut_into_tiles(shape, most, parts, monkeypatch):
+    """Into equal parts only where one would take too long."""
+    model = mlp(40, 30, 1).requires_grad_(False)
+    hess, x = fxhess.transform(model), randn(*shape)
+    execution = Execution.of(hess.graph_module(x), x.ndim - 1, False)
+    if most is not None:
+        monkeypatch.setattr(execute, "_AT_ONCE", most * execution.flops)
+    monkeypatch.setitem(execute.cost.TILE_BYTES, "cpu", 1)
+    given, lanes = [], execution.compiled.ways[1]
+    rest = list(execution.prologue.forward(*hess.tensors(x).values()))
+    out = x.new_empty(*shape, 40)
+
+    def called(self, x, *rest):
+        given.append(x.shape[0])
+        return self._public(x, *rest)
+
+    monkeypatch.setattr(Direct, "__call__", called)
+    lanes.run(x, (), 1, rest, [out])
+    assert given == parts
+    assert_close(out, oracle.hessian(model, x))
 
 
 def test_blocks_of_several_vectors():
