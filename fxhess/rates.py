@@ -56,14 +56,14 @@ class Rates:
 
 # Two cores of an AMD EPYC and the published figures of an NVIDIA A100, in round numbers.
 _CPU_32 = Rates(
-    flat=((2, 5e9), (8, 3.4e10), (16, 1.3e11), (32, 2.9e11), (64, 4.3e11), (256, 4.5e11)),
-    batched=((2, 2e9), (8, 3.5e10), (16, 1e11), (32, 1.6e11), (256, 2e11)),
+    flat=((2, 4e9), (8, 2.8e10), (16, 1.2e11), (32, 1.7e11), (64, 2.1e11), (256, 2.3e11)),
+    batched=((2, 2e9), (8, 2e10), (16, 8e10), (32, 1.2e11), (256, 1.8e11)),
     convolution=1.2e11, transposed=3e10, stream=1.5e11, scattered=4.5e10, loops=4e8, gather=3e9,
     special=9e8, memory=3e10, launch=2e-6,
 )  # fmt: skip
 _CPU_64 = Rates(
     flat=((2, 5e9), (8, 1.5e10), (16, 2.7e10), (64, 6e10), (256, 9.5e10)),
-    batched=((2, 1.5e9), (8, 1.2e10), (16, 3e10), (32, 5.5e10), (256, 1e11)),
+    batched=((2, 1.5e9), (8, 1.1e10), (16, 2.5e10), (32, 3.5e10), (256, 8e10)),
     convolution=5e10, transposed=2e10, stream=1.5e11, scattered=9e10, loops=4e8, gather=6e8,
     special=5e8, memory=3e10, launch=2e-6,
 )  # fmt: skip

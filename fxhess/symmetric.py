@@ -67,10 +67,8 @@ def symmetric_product(
 def use_symmetric_products(graph: fx.Graph) -> fx.Graph:
     """Replace marked sums of a product and its transpose, in place; see the module's docstring."""
     for node in list(graph.nodes):
-        if not node.meta.get(SYMMETRIC) or node.target not in (operator.add, torch.add):
-            continue
-        found = _product(*node.args)
-        if found is None:
+        found = _marked(node)
+        if found is None or not _is_alone(node, found[0]):
             continue
         product, axis = found
         with graph.inserting_before(node):
@@ -83,18 +81,34 @@ def use_symmetric_products(graph: fx.Graph) -> fx.Graph:
     return graph
 
 
-def _product(plain: fx.Node, turned: fx.Node) -> tuple[fx.Node, int] | None:
-    """The product of which one is a view and the other the transpose, and the axis of its rows;
-    None where they are something else."""
-    if not _is_permutation(turned, plain, [0, 2, 1]) or set(plain.users) - {turned} != set(
-        turned.users
-    ):
+def product_of(node: fx.Node) -> fx.Node | None:
+    """The product of which one triangle does, where the node is such a sum."""
+    found = _marked(node)
+    return None if found is None else found[0]
+
+
+def _marked(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """The product, and the axis of its rows, where the node is marked, and the sum of a product, or
+    a view of it, and of the transpose."""
+    if not node.meta.get(SYMMETRIC) or node.target not in (operator.add, torch.add):
+        return None
+    plain, turned = node.args
+    assert isinstance(plain, fx.Node) and isinstance(turned, fx.Node)
+    if not _is_permutation(turned, plain, [0, 2, 1]):
         return None
     for axis, order in ((0, [1, 0, 2]), (0, [1, 2, 0]), (1, [0, 2, 1])):
         inner = plain.args[0] if plain.args else None
         if isinstance(inner, fx.Node) and _is_permutation(plain, inner, order):
-            return (inner, axis) if _fits(inner, axis) and set(inner.users) == {plain} else None
+            return (inner, axis) if _fits(inner, axis) else None
     return (plain, 1) if _fits(plain, 1) else None
+
+
+def _is_alone(total: fx.Node, product: fx.Node) -> bool:
+    """Whether nothing but the sum needs the product."""
+    plain, turned = total.args
+    assert isinstance(plain, fx.Node) and isinstance(turned, fx.Node)
+    alone = set(plain.users) <= {turned, total} and set(turned.users) == {total}
+    return alone and (product is plain or set(product.users) == {plain})
 
 
 def _is_permutation(node: fx.Node, of: fx.Node, order: list[int]) -> bool:
@@ -118,4 +132,4 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
         graph.erase_node(node)
 
 
-__all__ = ["blocks", "share", "symmetric_product", "use_symmetric_products"]
+__all__ = ["blocks", "product_of", "share", "symmetric_product", "use_symmetric_products"]

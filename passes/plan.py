@@ -14,12 +14,13 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import networkx as nx
 import torch
 from torch import fx
 
+from fxhess import symmetric
 from fxhess.cost import total
 from fxhess.emit import VAL
 from fxhess.errors import InputError
@@ -144,6 +145,8 @@ def _cheapest(
             later, end = (None, None) if j is None else (best[j], starts[j])
             start = first if i == 0 else draft.start(starts[i])
             tried = _trial(draft, start, starts[i], end, later, bill)
+            if i == 0:
+                tried = (_finished(draft, program, bill) for program in tried)
             known = best[i]
             for candidate in tried:
                 if known is None or candidate.cost < known.cost:
@@ -151,8 +154,14 @@ def _cheapest(
             best[i] = known
     chosen = best[0]
     assert chosen is not None
-    result = draft.halves.whole(chosen.half)
-    return Plan(chosen.pieces, chosen.cost + bill.of([result.node], chosen.half.values()))
+    return Plan(chosen.pieces, chosen.cost)
+
+
+def _finished(draft: Draft, program: _Best, bill: _Bill) -> _Best:
+    """The program with its result, of whose last product one triangle may do."""
+    result = draft.halves.whole(program.half).node
+    cost = program.cost + bill.of([result], program.half.values()) - bill.saved(result)
+    return replace(program, cost=cost)
 
 
 def _window(values: int) -> int:
@@ -235,3 +244,11 @@ class _Bill:
             cost += self._seconds[node]
             queue += node.all_input_nodes
         return cost
+
+    def saved(self, result: fx.Node) -> float:
+        """Seconds that a symmetric product saves."""
+        product = symmetric.product_of(result)
+        if product is None:
+            return 0.0
+        share = symmetric.share(product.meta[VAL].shape[-1])
+        return (1 - share) * total([product], self._rates, self._compiled)

@@ -9,10 +9,11 @@ from reference import assert_close, mlp, randn
 from torch import nn
 
 import fxhess
-from fxhess import _lanes, oracle, serial
+from fxhess import _lanes, cost, oracle, serial
 from fxhess.emit import SYMMETRIC
 from fxhess.execute import Execution
 from fxhess.kernels import for_compiler
+from fxhess.rates import BUILT_IN
 from fxhess.symmetric import blocks, share, symmetric_product, use_symmetric_products
 
 
@@ -157,3 +158,20 @@ def test_it_is_written_without_a_warning(strategy):
         warnings.simplefilter("error")
         got = hess(x)
     assert_close(got, oracle.hessian(hess.model, x), 1e-12)
+
+
+@pytest.mark.parametrize(
+    "widths",
+    [(200, 200, 200, 1), (200, 64, 1), (120, 300, 300, 1), (20, 64, 64, 1), (2, 64, 64, 1)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_plan_counts_what_it_saves(widths, dtype):
+    """No forced strategy is estimated faster once one triangle does where it may."""
+    model = mlp(*widths).to(dtype).requires_grad_(False)
+    x = randn(3, widths[0]).to(dtype)
+    rates = BUILT_IN["cpu", dtype.itemsize]
+    estimates = {}
+    for strategy in ("auto", "close", "pull", "rebase"):
+        graph = fxhess.transform(model, strategy=strategy).graph_module(x).graph
+        estimates[strategy] = cost.total(use_symmetric_products(graph).nodes, rates)
+    assert estimates["auto"] <= 1.001 * min(estimates.values()), estimates
