@@ -16,7 +16,6 @@ class Part:
 
     lanes: bool
     lines: list[str] = field(default_factory=list)
-    room: int = 0  # entries of all its arrays
 
     @property
     def each(self) -> str:
@@ -24,17 +23,33 @@ class Part:
         return "for (int u = 0; u < U; u++) " if self.lanes else ""
 
 
+@dataclass
+class _Array:
+    """An array of the second part: its entries, and from when to when it is needed."""
+
+    count: int
+    born: int
+    died: int | None = None
+    readers: int = 0
+
+    def meets(self, other: _Array) -> bool:
+        """Whether there is a time at which both are needed."""
+        return (other.died is None or self.born < other.died) and (
+            self.died is None or other.born < self.died
+        )
+
+
 class Code:
-    """A program's code so far.  Arrays of the second part share memory: the one given back last by
-    those that read it is the next to be written."""
+    """A program's code so far.  Arrays of the second part that are not needed at the same time
+    share memory."""
 
     def __init__(self) -> None:
         self.shared, self.block = Part(False), Part(True)
+        self.shared_room = 0  # entries of all arrays of the first part
         self.panels = "0"  # entries of all packed matrices
         self._names = itertools.count()
-        self._free: list[tuple[int, int]] = []  # start and length
-        self._arrays: dict[str, tuple[int, int]] = {}
-        self._readers: dict[str, int] = {}
+        self._arrays: dict[str, _Array] = {}
+        self._time = 0
 
     def part(self, lanes: bool) -> Part:
         return self.block if lanes else self.shared
@@ -58,47 +73,50 @@ class Code:
         for n in sizes:
             count *= n
         if lanes:
-            name, start = self.name("v"), self._take(count)
-            self._arrays[name] = (start, count)
-            self._readers[name] = 0
-            self.block.lines.append(f"V* const {name} = own + {start} * U;")
+            name = self.name("v")
+            self._arrays[name] = _Array(count, self._time)
         else:
             name = self.name("s")
-            self.declare(f"T* const {name} = shared + {self.shared.room};")
-            self.shared.room += count
+            self.declare(f"T* const {name} = shared + {self.shared_room};")
+            self.shared_room += count
         return in_memory(name, tuple(axes), Strided(name, 0, strided), lanes)
+
+    def readers(self, array: str) -> int:
+        """How many values read an array of the second part; 0 for others."""
+        known = self._arrays.get(array)
+        return known.readers if known is not None and known.died is None else 0
 
     def read(self, arrays: Iterable[str]) -> None:
         """One more value reads these."""
         for name in self._arrays.keys() & set(arrays):
-            self._readers[name] += 1
+            self._arrays[name].readers += 1
 
     def unread(self, arrays: Iterable[str]) -> None:
         """One less."""
         for name in self._arrays.keys() & set(arrays):
-            self._readers[name] -= 1
+            self._arrays[name].readers -= 1
 
     def give_back(self) -> None:
-        """Free the arrays that nobody reads."""
-        for name in [n for n in self._arrays if self._readers[n] == 0]:
-            pieces = sorted([*self._free, self._arrays.pop(name)])
-            self._free = pieces[:1]
-            for start, count in pieces[1:]:
-                last, length = self._free[-1]
-                if last + length == start:
-                    self._free[-1] = (last, length + count)
-                else:
-                    self._free.append((start, count))
+        """From now on, arrays that nobody reads are not needed."""
+        self._time += 1
+        for array in self._arrays.values():
+            if array.died is None and array.readers == 0:
+                array.died = self._time
 
-    def _take(self, count: int) -> int:
-        for i, (start, length) in enumerate(self._free):
-            if length >= count:
-                rest = [(start + count, length - count)] if length > count else []
-                self._free[i : i + 1] = rest
-                return start
-        start = self.block.room
-        self.block.room += count
-        return start
+    def places(self) -> tuple[list[str], int]:
+        """Declarations of all arrays of the second part, and the entries that they take: the
+        largest first, each at the first place that none has that is needed at the same time."""
+        starts: dict[str, int] = {}
+        for name in sorted(self._arrays, key=lambda n: -self._arrays[n].count):
+            array, start = self._arrays[name], 0
+            taken = [(starts[n], self._arrays[n]) for n in starts if self._arrays[n].meets(array)]
+            for begin, other in sorted(taken, key=lambda t: t[0]):
+                if begin - start >= array.count:
+                    break
+                start = max(start, begin + other.count)
+            starts[name] = start
+        room = max((starts[n] + self._arrays[n].count for n in starts), default=0)
+        return [f"V* const {n} = own + {starts[n]} * U;" for n in self._arrays], room
 
     # --- loops ----------------------------------------------------------------------------------
 

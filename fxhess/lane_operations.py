@@ -171,7 +171,7 @@ def _write_symmetric_product(
     lanes: Lanes, number_of: int, rows: Value, matrix: Value, axis: int = 1
 ) -> None:
     rows = transpose(lanes, rows, 0, 1) if axis == 0 else rows
-    lanes.results.symmetric(lanes.in_memory(rows), lanes.in_memory(matrix), number_of)
+    lanes.results.symmetric(*lanes.factors(rows, matrix), number_of)
 
 
 def _stack(lanes: Lanes, values: Sequence[Value], dim: int = 0) -> Value:

@@ -19,7 +19,8 @@ no such form (:class:`NoLanesError`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch import fx
 from fxhess.cost import flops, name_of
 from fxhess.emit import VAL
 from fxhess.lane_code import Code
+from fxhess.lane_graph import constants, several, uses
 from fxhess.lane_products import Products
 from fxhess.lane_results import SYMMETRIC_ROWS, Results
 from fxhess.lane_values import (
@@ -40,6 +42,7 @@ from fxhess.lane_values import (
     Strided,
     Value,
     broadcast,
+    dense,
     in_memory,
     narrowed,
     number,
@@ -94,8 +97,9 @@ class Lanes:
         if len(placeholders) != len(inputs):
             raise NoLanesError("other inputs")
         self._targets = placeholders[len(placeholders) - written :] if written else []
-        self._constant = _constants(graph)
-        self._uses = _uses(graph)
+        self._constant = constants(graph)
+        self._uses = uses(graph)
+        self._ending: frozenset[str] = frozenset()
         self._left = {node: len(node.users) for node in graph.nodes}
         for i, (node, tensor) in enumerate(zip(placeholders, inputs, strict=True)):
             if node not in self._targets:
@@ -104,7 +108,7 @@ class Lanes:
             if node.op in ("call_function", "call_method"):
                 self._write(node)
             elif node.op == "output" and not written:
-                for value in _several(node.args[0]):
+                for value in several(node.args[0]):
                     number = self._inputs + len(self.results.sizes)
                     self.results.write(self._values[value], number)
             self._release(node)
@@ -166,6 +170,7 @@ class Lanes:
         computed = stand_in.dtype in (self.dtype, torch.bool) or name in self._moving
         if name not in self._operations or not computed:
             raise NoLanesError(f"{name}, {stand_in.dtype}")
+        self._ending = self._arrays_ending_with(node)
         into = node.kwargs.get("out")
         if into is not None and not node.users and name in self._writing:
             self._writing[name](self, self._number_of(into), *args, **kwargs)
@@ -174,7 +179,7 @@ class Lanes:
         if not value.fits(stand_in):
             raise NoLanesError(f"{name}: other axes")
         if value.work and (self._uses[node] > 1 or (into and node.users)):
-            value = self.stored(value)
+            value = self.stored(value, self._ending)
         self._keep(node, value)
         if into is not None:
             self.results.write(value, self._number_of(into))
@@ -188,6 +193,12 @@ class Lanes:
         self._values[node] = value
         if isinstance(value, Value):
             self.code.read(value.arrays)
+
+    def _arrays_ending_with(self, node: fx.Node) -> frozenset[str]:
+        """The arrays that only this node reads from now on."""
+        last = [self._values.get(n) for n in node.all_input_nodes if self._left[n] == 1]
+        read = Counter(name for v in last if isinstance(v, Value) for name in v.arrays)
+        return frozenset(name for name, n in read.items() if self.code.readers(name) == n)
 
     def _release(self, node: fx.Node) -> None:
         """Give back the arrays that nothing after this node reads."""
@@ -257,17 +268,34 @@ class Lanes:
 
     def product(self, a: Value, b: Value) -> Value:
         """``torch.matmul`` of operands with at least two axes each."""
-        return self._products.write(self.in_memory(a), self.in_memory(b))
+        return self._products.write(*self.factors(a, b))
 
-    def in_memory(self, value: Value) -> Value:
+    def factors(self, a: Value, b: Value) -> tuple[Value, Value]:
+        """Both in memory, for a node that reads them once more."""
+        ending = self._ending
+        return self.in_memory(a, ending - b.arrays), self.in_memory(b, ending - a.arrays)
+
+    def in_memory(self, value: Value, over: Set[str] = frozenset()) -> Value:
         """The value, stored where its entries do not lie in an array."""
-        return value if value.strided is not None and not value.work else self.stored(value)
+        return value if value.strided is not None and not value.work else self.stored(value, over)
 
-    def stored(self, value: Value) -> Value:
-        """The value with its entries in memory."""
-        result = self.code.array(value.axes, value.lanes)
+    def stored(self, value: Value, over: Set[str] = frozenset()) -> Value:
+        """The value with its entries in memory: in one of the arrays ``over``, which nothing else
+        reads any more, where each entry is made of the one in its place alone."""
+        name = next((n for n in sorted(value.arrays & over) if self._by_place(value, n)), None)
+        if name is None:
+            result = self.code.array(value.axes, value.lanes)
+        else:
+            result = in_memory(name, value.axes, Strided(name, 0, dense(value.sizes)), True)
         self._fill(result, value)
         return result
+
+    def _by_place(self, value: Value, name: str) -> bool:
+        """Whether entry i of the array is read for entry i of the value alone."""
+        index = tuple(f"i{d}" if n != 1 else 0 for d, n in enumerate(value.sizes))
+        own = in_memory(name, value.axes, Strided(name, 0, dense(value.sizes)), True).at(index)
+        text = value.at(index)
+        return value.lanes and text.count(f"{name}[") == text.count(own) > 0
 
     def joined(self, values: Sequence[Value], dim: int) -> Value:
         """Values one behind the other along an axis."""
@@ -320,13 +348,16 @@ class Lanes:
         (or none) and whether these are of the same inputs; gives 0, 1 where there is no room, 2
         where an index is out of range."""
         code = self.code
+        arrays, room = code.places()
         shared, block = ("\n  ".join(part.lines) for part in (code.shared, code.block))
+        places = "\n  ".join(arrays)
         return f"""typedef {_KINDS[self.dtype]} T;
 constexpr long SYMMETRIC_ROWS = {SYMMETRIC_ROWS};
 {header}
 template <int U>
 static void block(void* const* p, void* const* k, T* shared, T* packed, V* own, long first,
                   long samples) {{
+  {places}
   {block}
 }}
 
@@ -342,40 +373,7 @@ extern "C" long packed_bytes() {{ return packs() * sizeof(T); }}
 extern "C" int run(void* const* p, void* const* k, long samples, int threads, void* kept,
                    int known) {{
   return in_blocks(p, k, samples, samples * {max(1, self.work)}.0 < {_SMALL} ? 1 : threads,
-                   {code.shared.room}, (T*)kept, packs(), known, {code.block.room}, once, block<1>,
+                   {code.shared_room}, (T*)kept, packs(), known, {room}, once, block<1>,
                    block<WIDTH>);
 }}
 """
-
-
-def _several(values: Any) -> list[fx.Node]:
-    return [values] if isinstance(values, fx.Node) else list(values)
-
-
-def _uses(graph: fx.Graph) -> dict[fx.Node, int]:
-    """How often each node is an operand."""
-    counts = dict.fromkeys(graph.nodes, 0)
-
-    def count(node: fx.Node) -> fx.Node:
-        counts[node] += 1
-        return node
-
-    for node in graph.nodes:
-        fx.node.map_arg((node.args, node.kwargs), count)
-    return counts
-
-
-def _constants(graph: fx.Graph) -> dict[fx.Node, Any]:
-    """What is made of no input, evaluated."""
-    found: dict[fx.Node, Any] = {}
-    for node in graph.nodes:
-        if node.op != "call_function" and (node.op != "call_method" or not node.all_input_nodes):
-            continue
-        if any(n not in found for n in node.all_input_nodes):
-            continue
-        args: Any = fx.node.map_arg(node.args, found.__getitem__)
-        kwargs: Any = fx.node.map_arg(dict(node.kwargs), found.__getitem__)
-        method = node.op == "call_method"
-        target: Any = getattr(args[0], str(node.target)) if method else node.target
-        found[node] = target(*args[method:], **kwargs)
-    return found

@@ -49,7 +49,7 @@ LAYERS = (
     {"arguments"},
     {"registry", "facts", "cost", "structure", "contraction", "arrangement"},
     {"reads", "guards", "capture", "_sketch"},
-    {"splice", "graft", "derive", "memory", "_batched", "lane_values"},
+    {"splice", "graft", "derive", "memory", "_batched", "lane_values", "lane_graph"},
     {"lane_code"},
     {"lane_products"},
     {"lane_results"},

@@ -11,8 +11,8 @@ from reference import assert_close, mlp, randn
 from torch import fx, nn
 
 import fxhess
-from fxhess import cost, oracle, overwrite
-from fxhess.emit import VAL, Emitter
+from fxhess import _lanes, cost, lanes, oracle, overwrite
+from fxhess.emit import VAL, Emitter, nominal_batch
 from fxhess.execute import Execution
 from fxhess.passes.order import order
 
@@ -191,3 +191,55 @@ def test_programs_of_deep_nets_hold_no_more_than_a_few_tangents():
     assert len(written(body)) > 20
     assert all(n.kwargs["out"].meta[VAL].shape == n.meta[VAL].shape
                for n in written(body) if n.kwargs["out"].op != "placeholder")  # fmt: skip
+
+
+# --- the same in programs of one sample a lane ----------------------------------------------------
+
+
+def random_program(seed: int) -> fx.Graph:
+    """Of x ``[B, 6, 6]`` and two matrices: values read once or often, turned or not, by pointwise
+    operations and by products, some with themselves."""
+    rng, n = random.Random(seed), 6
+    emitter = Emitter()
+    x = emitter.placeholder("x", torch.empty(*nominal_batch(1), n, n, dtype=torch.float64))
+    shared = [emitter.placeholder(f"w{i}", randn(n, n)) for i in range(2)]
+    values = [x]
+    for _ in range(60):
+        a, b = rng.choice(values[-5:]), rng.choice(values[-9:])
+        match rng.randrange(7):
+            case 0:
+                made = emitter.call(rng.choice(FUNCTIONS[:2]), a)
+            case 1:
+                made = emitter.call(operator.mul, a, rng.choice([-0.5, *shared]))
+            case 2:
+                made = emitter.call(torch.permute, a, [0, 2, 1])
+            case 3:
+                made = emitter.call(torch.matmul, a, rng.choice(shared))
+            case 4:
+                made = emitter.call(torch.matmul, a, b)
+            case _:
+                made = emitter.call(rng.choice(ARITHMETIC[:3]), a, b)
+        values.append(emitter.call(aten.tanh.default, made) if rng.random() < 0.3 else made)
+    results = [v.node for v in rng.sample(values[-12:], 3)]
+    emitter.graph.output(tuple(results))
+    emitter.graph.eliminate_dead_code()
+    return emitter.graph
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_arrays_of_lanes_are_overwritten_only_where_nothing_reads_them(seed, monkeypatch):
+    over, stored = [], lanes.Lanes.stored
+
+    def watched(self, value, free=frozenset()):
+        result = stored(self, value, free)
+        over.append(bool(result.arrays & free))
+        return result
+
+    monkeypatch.setattr(lanes.Lanes, "stored", watched)
+    graph = random_program(seed)
+    inputs = [randn(21, 6, 6, seed=seed) / 2, randn(6, 6, seed=1) / 3, randn(6, 6, seed=2) / 3]
+    code = _lanes.compiled(graph, inputs, 1, 0)
+    want = fx.Interpreter(fx.GraphModule(nn.Module(), graph)).run(*inputs)
+    assert any(over)
+    for a, b in zip(code(inputs), want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
