@@ -187,10 +187,11 @@ def _thinned(canonical: Canonical, places: Sequence[fx.Node], count: int) -> lis
 
 
 def _ends(i: int, count: int, window: int) -> Iterator[int | None]:
-    """Later bases that a piece may end at; None is the output itself."""
-    yield from range(i + 1, min(count, i + 1 + window))
+    """Later bases that a piece may end at, the farthest first, so that of equal programs the one of
+    fewest pieces is taken; None is the output itself."""
     if i == 0 or count - i <= window + 1:
         yield None
+    yield from reversed(range(i + 1, min(count, i + 1 + window)))
 
 
 def _trial(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +20,20 @@ def _identifier(family: str, case: Case) -> str:
     return f"{family}-{re.sub('[^A-Za-z0-9_.=,+-]+', '_', case.name)}"
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, id=_identifier(f, c)) for f, c in TABLE])
+MANY = 2  # variants of one architecture that the suite itself runs
+
+
+def _params() -> Iterator[Any]:
+    """All cases; what comes before the comma in a name is the architecture."""
+    before: Counter[tuple[str, str]] = Counter()
+    for family, case in TABLE:
+        architecture = (family, case.name.split(",")[0])
+        marks = [pytest.mark.slow] if before[architecture] >= MANY else []
+        before[architecture] += 1
+        yield pytest.param(case, id=_identifier(family, case), marks=marks)
+
+
+@pytest.mark.parametrize("case", list(_params()))
 def test_model(case):
     x = case.draw()
     model = case.model()

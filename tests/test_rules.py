@@ -76,7 +76,16 @@ def _turns() -> Iterator[tuple[int, Sample]]:
         before[operator] += 1
 
 
-@pytest.mark.parametrize(("turn", "sample"), list(_turns()), ids=IDS)
+MANY = 3  # samples of one operator that the suite itself runs
+
+
+@pytest.mark.parametrize(
+    ("turn", "sample"),
+    [
+        pytest.param(turn, sample, id=identifier, marks=[pytest.mark.slow] * (turn >= MANY))
+        for (turn, sample), identifier in zip(_turns(), IDS, strict=True)
+    ],
+)
 def test_sample(turn, sample):
     """In one of two models in turn, first in that which finds all mistakes (test_checker.py)."""
     check_sample(sample, seed=1, turn=turn)
