@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from reference import assert_close, mlp, randn
@@ -161,9 +163,13 @@ def test_tiny_products_are_free_of_calls_where_they_are_compiled():
     assert known["large"][0] == known["large"][1]
 
 
-def test_a_compiled_module_is_planned_as_compiled():
+def test_a_compiled_module_is_planned_as_compiled(monkeypatch):
     """Two tangents of a net of width 64: run eagerly the tiny closings cost more than to pull
-    them back, compiled they do not."""
+    them back, where flat products are fast; compiled they do not."""
+    flat = ((2, 5e9), (8, 3.4e10), (16, 1.3e11), (32, 2.9e11), (64, 4.3e11), (256, 4.5e11))
+    fast = replace(rates.BUILT_IN["cpu", 4], flat=flat)
+    monkeypatch.setitem(rates.BUILT_IN, ("cpu", 4), fast)
+    assert rates.rates_for(torch.device("cpu"), torch.float32) is fast
     model = mlp(2, 64, 64, 64, 64, 1).float()
     x = randn(5, 2).float()
     endings = {}
