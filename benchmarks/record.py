@@ -213,7 +213,8 @@ def write_json(
             "times": "seconds a batch; interleaved rounds in one process, fresh data each round",
             "error": f"of the largest entry, against float64 double backward one sample at a time, "
             f"on up to {CHECKED_SAMPLES} samples",
-            "memory": f"bytes of a call above what was held before, most of three: {METHOD}"
+            "memory": f"bytes of a call above what was held before, most of three: {METHOD}; JAX's"
+            " on the CPU: XLA's own figure, where that is more"
             if device == "cpu"
             else "bytes of a call above what was held before, most of three: PyTorch's allocator",
             "limit": "the operations of our plan's matrix products at the fastest measured product"

@@ -47,13 +47,15 @@ class Runner:
 
     ``prepare`` brings a PyTorch batch into the rival's own form, which is not timed; ``call`` is
     timed, and returns only when the result is there or leaves that to PyTorch's synchronization.
-    ``explain`` tells our own plan for a batch.
+    ``explain`` tells our own plan for a batch; ``stated`` what a library says itself that a call
+    allocates, in bytes, where it keeps memory that the system then does not see it take.
     """
 
     prepare: Callable[[Tensor], Any]
     call: Callable[[Any], Any]
     to_torch: Callable[[Any], Tensor]
     explain: Callable[[Tensor], Any] | None = None
+    stated: Callable[[Any], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,14 @@ def jax_hessian(problem: Problem) -> Runner:
     def to_torch(H: Any) -> Tensor:
         return torch.utils.dlpack.from_dlpack(jax.device_put(H, jax.devices("cpu")[0]))
 
-    return Runner(prepare, lambda x: batched(weights, x).block_until_ready(), to_torch)
+    def stated(x: Any) -> int:
+        statistics = batched.lower(weights, x).compile().memory_analysis()
+        return int(statistics.temp_size_in_bytes + statistics.output_size_in_bytes)
+
+    def call(x: Any) -> Any:
+        return batched(weights, x).block_until_ready()
+
+    return Runner(prepare, call, to_torch, stated=stated)
 
 
 STRATEGIES = ("close", "pull", "rebase")

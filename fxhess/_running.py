@@ -19,7 +19,7 @@ from fxhess.progress import hidden
 
 _TRIALS = 3
 _LARGE = 8  # binary digits of a batch size that is as good as any larger one
-_CLEARLY = 0.9  # the plain way has to be faster than this share of a compiled one's time
+_CLEARLY = 0.97  # the share of the plain way's time below which another one is faster
 _HALF = 0.5  # the share of the plain way's time that is fast enough, without trying others
 _LONG, _MOST = 0.2, 20  # seconds of trials, or rounds, that tell enough
 
@@ -86,7 +86,8 @@ class Way:
 class Fastest:
     """The fastest of several ways to do the same, which may be done again: tried on the first
     arguments of every size of batch, up to that from which on size tells nothing.  The first way is
-    the plain one; others are tried in their order, up to one that takes half its time."""
+    the plain one, taken where none is clearly faster; others are tried in their order, up to one
+    that takes half its time."""
 
     def __init__(self, *ways: Way) -> None:
         self.ways = ways
@@ -120,8 +121,7 @@ class Fastest:
                     if times[way] <= _HALF * times[plain]:
                         break
         best = min(times, key=times.__getitem__)
-        other = min([w for w in times if w is not plain], key=times.__getitem__, default=plain)
-        return best if times[plain] < _CLEARLY * times[other] else other
+        return best if times[best] < _CLEARLY * times[plain] else plain
 
 
 def _race(times: dict[Way, float], args: Sequence[Any]) -> None:
