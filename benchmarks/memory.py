@@ -3,10 +3,10 @@
 On the CPU: Linux keeps the highest resident size of a process and lets it be reset, so freed memory
 is first given back, the mark reset, and the mark read after the call. Elsewhere the resident size
 is sampled every millisecond during the call. On a CUDA device: the peak of PyTorch's allocator
-(JAX's cannot be reset, so JAX has none there). On the CPU, JAX keeps freed memory where the mark does
-not see it taken again, so that what XLA says of a program, temporaries and result, counts where it is
-more. The call comes after others, so that compiling is
-not counted. The system counts pages, and by thread: differences under 1 MB say nothing.
+(JAX's cannot be reset, so JAX has none there). On the CPU, JAX keeps freed memory where the mark
+does not see it taken again, so what XLA says of a program, its temporaries and its result, counts
+where that is more. The call comes after others, so that compiling is not counted. The system counts
+pages, and by thread: differences under 1 MB say nothing.
 """
 
 import ctypes
