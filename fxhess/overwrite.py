@@ -124,7 +124,11 @@ def overwrite(graph: fx.Graph) -> fx.Graph:
 def _may(node: fx.Node, operand: fx.Node, memory: _Memory) -> bool:
     """Whether the operation may overwrite the operand."""
     owner = memory.whole.get(operand)
-    if owner is None or _form(node.target) is None:
+    if (
+        owner is None
+        or _form(node.target) is None
+        or not (_is_tensor(operand) and _is_tensor(node))
+    ):
         return False
     old, new = operand.meta[VAL], node.meta[VAL]
     others = [n for n in node.all_input_nodes if n is not operand]

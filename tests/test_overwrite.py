@@ -92,6 +92,21 @@ def test_what_is_read_later_is_not_overwritten_even_through_a_view():
     assert [n.name for n in written(plain)] == [c.node.name]
 
 
+def test_numbers_are_no_memory():
+    """Sizes are computed with, too."""
+    emitter = Emitter()
+    x = emitter.placeholder("x", randn(4, 4), True)
+    size = emitter.create_proxy("call_method", "size", (x, 0), {})
+    twice = emitter.call(operator.add, emitter.call(operator.mul, size, 2), size)
+    a = emitter.call(operator.mul, x, 3.0)
+    b = emitter.call(operator.mul, a, twice)
+    emitter.graph.output(b.node)
+    plain = overwrite.overwrite(emitter.graph)
+    assert [n.name for n in written(plain)] == [b.node.name]
+    given = randn(4, 4)
+    assert torch.equal(fx.GraphModule(nn.Module(), plain)(given), given * 3 * 12)
+
+
 POINTWISE = [
     f
     for name, f in sorted(vars(torch).items())
