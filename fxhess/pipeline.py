@@ -1,4 +1,4 @@
-"""The compiler, read aloud: canonicalize, mark activity, plan, differentiate, simplify, order, lower.
+"""The compiler, aloud: canonicalize, mark activity, plan, differentiate, simplify, order, lower.
 
 The only module that imports both rules and passes.
 """
